@@ -1,0 +1,1 @@
+"""The commands of `exflow`, one thin file each; heavy imports stay inside the functions."""

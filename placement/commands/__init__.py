@@ -1,0 +1,1 @@
+"""The planner's commands, one thin file each; `exflow` mounts them too."""
