@@ -1,0 +1,248 @@
+"""PlacementPlan: which logical experts each rank holds, layer by layer (`exflow.plan/1`, JSON)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placement.errors import UserError
+from placement.topology import Topology, TopologyError
+
+FORMAT = "exflow.plan/1"
+Slots = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+class PlanError(UserError):
+    """A placement plan that is malformed or made for something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a plan was made: the strategy's name, its seed and its options."""
+
+    name: str
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementPlan:
+    """The experts of every rank at every MoE layer.
+
+    Attributes:
+        model: the model's name.
+        num_experts: logical experts per layer.
+        layer_ids: the model's own index of each MoE layer.
+        topology: the ranks the plan is for.
+        strategy: how it was made.
+        slots: slots[layer][rank] lists the logical experts on that rank; an expert on two ranks
+            is a replica; ranks may hold different numbers.
+        predicted: figures the planner expects (rows per token, imbalance).
+        bound: what no plan can beat for the same statistics.
+    """
+
+    model: str
+    num_experts: int
+    layer_ids: tuple[int, ...]
+    topology: Topology
+    strategy: Strategy
+    slots: Slots
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    bound: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layer_ids or len(self.slots) != len(self.layer_ids):
+            msg = f"the plan names {len(self.layer_ids)} layers and places {len(self.slots)}"
+            raise PlanError(msg)
+        for layer, ranks in zip(self.layer_ids, self.slots, strict=True):
+            self._check_layer(layer, ranks)
+
+    def _check_layer(self, layer: int, ranks: tuple[tuple[int, ...], ...]) -> None:
+        if len(ranks) != self.topology.num_ranks:
+            msg = f"layer {layer} lists {len(ranks)} ranks, expected {self.topology.num_ranks}"
+            raise PlanError(msg)
+        for rank, experts in enumerate(ranks):
+            if len(set(experts)) != len(experts):
+                msg = f"layer {layer}, rank {rank} lists an expert twice: {list(experts)}"
+                raise PlanError(msg)
+        placed = {expert for experts in ranks for expert in experts}
+        unknown = sorted(placed - set(range(self.num_experts)))
+        if unknown:
+            msg = f"layer {layer} places unknown experts {unknown[:8]} of {self.num_experts}"
+            raise PlanError(msg)
+        missing = sorted(set(range(self.num_experts)) - placed)
+        if missing:
+            msg = f"layer {layer} places no copy of experts {missing[:8]}"
+            raise PlanError(msg)
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+        return len(self.layer_ids)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the topology."""
+        return self.topology.num_ranks
+
+    @property
+    def num_slots(self) -> int:
+        """Physical experts, over all layers and ranks."""
+        return sum(len(experts) for ranks in self.slots for experts in ranks)
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether any expert has a second copy."""
+        return self.num_slots > self.num_layers * self.num_experts
+
+    def hosts(self) -> NDArray[np.bool_]:
+        """(layers, experts, ranks) whether a rank holds a copy of an expert."""
+        hosts = np.zeros((self.num_layers, self.num_experts, self.num_ranks), dtype=np.bool_)
+        for layer, ranks in enumerate(self.slots):
+            for rank, experts in enumerate(ranks):
+                hosts[layer, list(experts), rank] = True
+        return hosts
+
+    def check_for(
+        self, *, model: str, num_experts: int, layer_ids: tuple[int, ...], num_ranks: int
+    ) -> None:
+        """Refuse to serve what the plan was not made for.
+
+        Raises:
+            PlanError: naming what the plan is for, what came, and what to do.
+        """
+        if self.num_experts != num_experts or self.layer_ids != layer_ids:
+            msg = (
+                f"the plan is for {self.model} ({len(self.layer_ids)} MoE layers of "
+                f"{self.num_experts} experts), this model is {model} ({len(layer_ids)} MoE layers "
+                f"of {num_experts}); place a trace of this model: `exflow profile`, `exflow place`"
+            )
+            raise PlanError(msg)
+        if Path(self.model).name != Path(model).name:
+            msg = (
+                f"the plan was made for {self.model}, this model is {model}; "
+                f"place a trace of this model: `exflow profile`, then `exflow place`"
+            )
+            raise PlanError(msg)
+        if self.num_ranks != num_ranks:
+            msg = (
+                f"the plan is for {self.num_ranks} ranks, this job has {num_ranks}; "
+                f"run `exflow place` with --nodes and --ranks-per-node for {num_ranks} ranks"
+            )
+            raise PlanError(msg)
+
+    @classmethod
+    def from_hosts(
+        cls, hosts: NDArray[np.bool_], *, topology: Topology, **fields: Any
+    ) -> PlacementPlan:
+        """A plan from (layers, experts, ranks) flags, experts in rising order on each rank."""
+        slots = tuple(
+            tuple(tuple(int(e) for e in np.flatnonzero(on_rank)) for on_rank in layer.T)
+            for layer in hosts
+        )
+        return cls(num_experts=hosts.shape[1], topology=topology, slots=slots, **fields)
+
+    @classmethod
+    def from_rank_of_expert(
+        cls, rank_of_expert: NDArray[Any], *, topology: Topology, **fields: Any
+    ) -> PlacementPlan:
+        """A plan without replicas from (layers, experts) ranks."""
+        hosts = rank_of_expert[:, :, None] == np.arange(topology.num_ranks)
+        return cls.from_hosts(hosts, topology=topology, **fields)
+
+    def save(self, path: str | Path) -> None:
+        """Write `exflow.plan/1`: the same plan is the same bytes."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(_to_json(self), encoding="utf-8")
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PlacementPlan:
+        """Read `exflow.plan/1`.
+
+        Raises:
+            PlanError: naming the file and what is wrong with it.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            msg = f"{path}: no such plan; make one with `exflow place TRACE -o {path}`"
+            raise PlanError(msg) from error
+        except (OSError, UnicodeDecodeError) as error:
+            msg = f"{path}: cannot be read as a plan: {error}"
+            raise PlanError(msg) from error
+        try:
+            return _from_json(json.loads(text))
+        except (json.JSONDecodeError, PlanError, TopologyError) as error:
+            msg = f"{path}: not a usable placement plan: {error}"
+            raise PlanError(msg) from error
+
+
+def _to_json(plan: PlacementPlan) -> str:
+    head = {
+        "format": FORMAT,
+        "model": plan.model,
+        "num_experts": plan.num_experts,
+        "layer_ids": list(plan.layer_ids),
+        "topology": {
+            "num_nodes": plan.topology.num_nodes,
+            "ranks_per_node": plan.topology.ranks_per_node,
+        },
+        "strategy": {
+            "name": plan.strategy.name,
+            "seed": plan.strategy.seed,
+            "options": dict(plan.strategy.options),
+        },
+    }
+    tail = {"predicted": dict(plan.predicted), "bound": dict(plan.bound)}
+    layers = ",\n  ".join(json.dumps(layer) for layer in plan.slots)
+    start, end = json.dumps(head)[:-1], json.dumps(tail)[1:]
+    return f'{start},\n "slots": [\n  {layers}],\n {end}\n'
+
+
+def _from_json(data: Any) -> PlacementPlan:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        msg = f"format is {found!r}, expected {FORMAT!r}"
+        raise PlanError(msg)
+    try:
+        slots = tuple(
+            tuple(tuple(_expert(e) for e in experts) for experts in ranks)
+            for ranks in data["slots"]
+        )
+        strategy = data.get("strategy") or {"name": "unknown"}
+        return PlacementPlan(
+            model=str(data["model"]),
+            num_experts=int(data["num_experts"]),
+            layer_ids=tuple(int(layer) for layer in data["layer_ids"]),
+            topology=Topology(
+                num_nodes=int(data["topology"]["num_nodes"]),
+                ranks_per_node=int(data["topology"]["ranks_per_node"]),
+            ),
+            strategy=Strategy(
+                name=str(strategy["name"]),
+                seed=int(strategy.get("seed", 0)),
+                options=dict(strategy.get("options", {})),
+            ),
+            slots=slots,
+            predicted=dict(data.get("predicted", {})),
+            bound=dict(data.get("bound", {})),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        msg = f"a field is missing or has the wrong type: {error}"
+        raise PlanError(msg) from error
+
+
+def _expert(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        msg = f"slots must hold whole numbers, got {value!r}"
+        raise PlanError(msg)
+    return value

@@ -1,0 +1,310 @@
+"""RoutingTrace: the experts each token used, layer by layer (`exflow.trace/1`, a safetensors file)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from placement.errors import UserError
+
+FORMAT = "exflow.trace/1"
+TOKEN_ARRAYS = ("positions", "expert_weights", "domain_ids")
+
+
+class TraceError(UserError):
+    """A routing trace that cannot be read or used."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoutingTrace:
+    """The experts chosen by every token at every MoE layer.
+
+    Attributes:
+        expert_ids: int16 (tokens, layers, top_k), logical experts by falling gate weight.
+        sequence_ids: int32 (tokens,), the document or request a token belongs to.
+        num_experts: logical experts per layer.
+        model: the model's name; a plan made from this trace carries it.
+        layer_ids: the model's own index of each MoE layer.
+        positions: int32 (tokens,), position of the token in its sequence.
+        expert_weights: float16 (tokens, layers, top_k), gate weights.
+        domain_ids: uint8 (tokens,), index into `domains`.
+        domains: names of the domains (Pile subsets).
+        phase: "teacher-forced", "prefill", "decode" or "unknown".
+        source: where the text came from.
+        licence: its licence.
+    """
+
+    expert_ids: NDArray[np.int16]
+    sequence_ids: NDArray[np.int32]
+    num_experts: int
+    model: str
+    layer_ids: tuple[int, ...]
+    positions: NDArray[np.int32] | None = None
+    expert_weights: NDArray[np.float16] | None = None
+    domain_ids: NDArray[np.uint8] | None = None
+    domains: tuple[str, ...] = field(default=())
+    phase: str = "unknown"
+    source: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if self.expert_ids.ndim != 3:
+            msg = f"expert_ids must be (tokens, layers, top_k), got shape {self.expert_ids.shape}"
+            raise TraceError(msg)
+        if self.expert_ids.shape[0] == 0:
+            msg = "the trace holds no tokens; profile more text"
+            raise TraceError(msg)
+        self._check_shapes()
+        self._check_experts()
+        self._check_domains()
+
+    def _check_shapes(self) -> None:
+        tokens, layers, top_k = self.expert_ids.shape
+        if layers == 0 or len(self.layer_ids) != layers:
+            msg = f"layer_ids names {len(self.layer_ids)} layers, expert_ids has {layers}"
+            raise TraceError(msg)
+        if top_k == 0 or top_k > self.num_experts:
+            msg = f"top_k is {top_k} with {self.num_experts} experts"
+            raise TraceError(msg)
+        expected = {
+            "sequence_ids": (tokens,),
+            "positions": (tokens,),
+            "domain_ids": (tokens,),
+            "expert_weights": (tokens, layers, top_k),
+        }
+        for name, shape in expected.items():
+            array = getattr(self, name)
+            if array is not None and array.shape != shape:
+                msg = f"{name} must have shape {shape}, got {array.shape}"
+                raise TraceError(msg)
+
+    def _check_experts(self) -> None:
+        low, high = int(self.expert_ids.min()), int(self.expert_ids.max())
+        if low < 0 or high >= self.num_experts:
+            msg = f"expert ids run from {low} to {high}, expected 0 to {self.num_experts - 1}"
+            raise TraceError(msg)
+        if self.top_k > 1:
+            ordered = np.sort(self.expert_ids, axis=2)
+            twice = np.argwhere((ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2))
+            if len(twice):
+                token, layer = (int(x) for x in twice[0])
+                msg = f"token {token} names an expert twice at layer {self.layer_ids[layer]}"
+                raise TraceError(msg)
+        if self.expert_weights is not None and not np.isfinite(self.expert_weights).all():
+            msg = "expert_weights holds NaN or infinite values"
+            raise TraceError(msg)
+
+    def _check_domains(self) -> None:
+        if self.domain_ids is not None and int(self.domain_ids.max()) >= len(self.domains):
+            msg = f"domain_ids reach {int(self.domain_ids.max())}, {len(self.domains)} are named"
+            raise TraceError(msg)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the trace."""
+        return int(self.expert_ids.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+        return int(self.expert_ids.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token uses at a layer."""
+        return int(self.expert_ids.shape[2])
+
+    @property
+    def num_sequences(self) -> int:
+        """Distinct sequences."""
+        return len(np.unique(self.sequence_ids))
+
+    def select(self, tokens: NDArray[Any]) -> RoutingTrace:
+        """The tokens picked by a mask or by indices, in that order."""
+        picked = {
+            name: None if (array := getattr(self, name)) is None else array[tokens]
+            for name in TOKEN_ARRAYS
+        }
+        return replace(
+            self,
+            expert_ids=self.expert_ids[tokens],
+            sequence_ids=self.sequence_ids[tokens],
+            **picked,
+        )
+
+    def split(self, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
+        """Two halves by sequence: one to fit a plan, one to measure it.
+
+        The unique sequence ids are shuffled by `default_rng(seed)`; the first half fits.
+
+        Raises:
+            TraceError: with fewer than two sequences.
+        """
+        sequences = np.unique(self.sequence_ids)
+        if len(sequences) < 2:
+            msg = "a split needs at least two sequences, the trace has one; profile more documents"
+            raise TraceError(msg)
+        np.random.default_rng(seed).shuffle(sequences)
+        fits = np.isin(self.sequence_ids, sequences[: len(sequences) // 2])
+        return self.select(fits), self.select(~fits)
+
+    def top1(self) -> RoutingTrace:
+        """Only the first expert of each token and layer: the paper's path."""
+        weights = None if self.expert_weights is None else self.expert_weights[:, :, :1]
+        return replace(self, expert_ids=self.expert_ids[:, :, :1], expert_weights=weights)
+
+    def domain(self, name: str) -> RoutingTrace:
+        """The tokens of one domain.
+
+        Raises:
+            TraceError: if the trace does not name that domain.
+        """
+        if self.domain_ids is None or name not in self.domains:
+            known = ", ".join(self.domains) or "none"
+            msg = f"the trace has no domain {name!r}; it names: {known}"
+            raise TraceError(msg)
+        return self.select(self.domain_ids == self.domains.index(name))
+
+    def shuffled_layers(self, seed: int = 0) -> RoutingTrace:
+        """The null: tokens permuted independently in each layer, so that only load is left."""
+        rng = np.random.default_rng(seed)
+        orders = [rng.permutation(self.num_tokens) for _ in range(self.num_layers)]
+        ids = np.stack([self.expert_ids[order, i] for i, order in enumerate(orders)], axis=1)
+        return replace(self, expert_ids=ids, expert_weights=None)
+
+    def save(self, path: str | Path) -> None:
+        """Write `exflow.trace/1`."""
+        tensors: dict[str, NDArray[Any]] = {
+            "expert_ids": np.ascontiguousarray(self.expert_ids, dtype=np.int16),
+            "sequence_ids": np.ascontiguousarray(self.sequence_ids, dtype=np.int32),
+        }
+        for name, dtype in zip(TOKEN_ARRAYS, (np.int32, np.float16, np.uint8), strict=True):
+            if getattr(self, name) is not None:
+                tensors[name] = np.ascontiguousarray(getattr(self, name), dtype=dtype)
+        metadata = {
+            "format": FORMAT,
+            "model": self.model,
+            "num_experts": str(self.num_experts),
+            "layer_ids": json.dumps(list(self.layer_ids)),
+            "phase": self.phase,
+            "domains": json.dumps(list(self.domains)),
+            "source": self.source,
+            "licence": self.licence,
+        }
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RoutingTrace:
+        """Read `exflow.trace/1`.
+
+        Raises:
+            TraceError: naming the file and what is wrong with it.
+        """
+        if not Path(path).is_file():
+            msg = f"{path}: no such trace; record one with `exflow profile MODEL CORPUS -o {path}`"
+            raise TraceError(msg)
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(**_fields(metadata, tensors))
+        except (SafetensorError, TraceError, KeyError, TypeError, ValueError) as error:
+            msg = f"{path}: not a usable routing trace: {error}"
+            raise TraceError(msg) from error
+
+
+def _fields(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    if metadata.get("format") != FORMAT:
+        msg = f"format is {metadata.get('format')!r}, expected {FORMAT!r}"
+        raise TraceError(msg)
+    missing = {"expert_ids", "sequence_ids"} - set(tensors)
+    if missing:
+        msg = f"tensors missing: {', '.join(sorted(missing))}"
+        raise TraceError(msg)
+    if not np.issubdtype(tensors["expert_ids"].dtype, np.integer):
+        msg = f"expert_ids must be integers, got {tensors['expert_ids'].dtype}"
+        raise TraceError(msg)
+    return {
+        "expert_ids": tensors["expert_ids"],
+        "sequence_ids": tensors["sequence_ids"],
+        **{name: tensors.get(name) for name in TOKEN_ARRAYS},
+        "num_experts": int(metadata["num_experts"]),
+        "model": metadata.get("model", "unknown"),
+        "layer_ids": tuple(json.loads(metadata["layer_ids"])),
+        "domains": tuple(json.loads(metadata.get("domains", "[]"))),
+        "phase": metadata.get("phase", "unknown"),
+        "source": metadata.get("source", ""),
+        "licence": metadata.get("licence", ""),
+    }
+
+
+def merge_traces(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+    """One trace of several, with sequence ids made disjoint and domains matched by name.
+
+    Optional arrays are kept only where every trace has them.
+
+    Raises:
+        TraceError: if the traces come from different models.
+    """
+    if not traces:
+        msg = "no traces to merge"
+        raise TraceError(msg)
+    first = traces[0]
+    for other in traces[1:]:
+        for name in ("model", "num_experts", "layer_ids", "top_k"):
+            if getattr(other, name) != getattr(first, name):
+                msg = (
+                    f"traces of different models cannot be merged: {name} is "
+                    f"{getattr(first, name)!r} in one, {getattr(other, name)!r} in another"
+                )
+                raise TraceError(msg)
+    domains = tuple(dict.fromkeys(name for trace in traces for name in trace.domains))
+    return replace(
+        first,
+        expert_ids=np.concatenate([trace.expert_ids for trace in traces]),
+        sequence_ids=_disjoint_sequences(traces),
+        positions=_joined(traces, "positions"),
+        expert_weights=_joined(traces, "expert_weights"),
+        domain_ids=_joined_domains(traces, domains),
+        domains=domains,
+        phase=first.phase if len({trace.phase for trace in traces}) == 1 else "mixed",
+        source="; ".join(dict.fromkeys(trace.source for trace in traces if trace.source)),
+        licence="; ".join(dict.fromkeys(trace.licence for trace in traces if trace.licence)),
+    )
+
+
+def _disjoint_sequences(traces: Sequence[RoutingTrace]) -> NDArray[np.int32]:
+    parts, offset = [], 0
+    for trace in traces:
+        parts.append(trace.sequence_ids.astype(np.int32) + np.int32(offset))
+        offset += int(trace.sequence_ids.max()) + 1
+    return np.concatenate(parts)
+
+
+def _joined(traces: Sequence[RoutingTrace], name: str) -> NDArray[Any] | None:
+    arrays = [getattr(trace, name) for trace in traces]
+    return None if any(array is None for array in arrays) else np.concatenate(arrays)
+
+
+def _joined_domains(
+    traces: Sequence[RoutingTrace], domains: tuple[str, ...]
+) -> NDArray[np.uint8] | None:
+    parts = []
+    for trace in traces:
+        if trace.domain_ids is None:
+            return None
+        renumber = np.array([domains.index(name) for name in trace.domains], dtype=np.uint8)
+        parts.append(renumber[trace.domain_ids])
+    return np.concatenate(parts)

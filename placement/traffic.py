@@ -1,0 +1,332 @@
+"""What a plan costs: rows on the wire, per link, and token load. The one place that counts.
+
+For token t at MoE layer l: S_l its chosen logical experts, R_l the ranks that run them, h_l its
+owner. A rank that runs several of a token's experts receives the token's row once (rank dedup).
+
+    protocol    dispatch rows    combine rows
+    home        |R_l \\ {h}|      |R_l \\ {h}|
+    coherent    |R_l \\ {h_l}|    |R_l \\ {h_(l+1)}|
+
+`choose_ranks` and `next_owner` are the rules the runtime follows too. They take NumPy arrays or
+torch tensors: only operations that both libraries spell alike are used.
+
+Shapes: T tokens, K experts a token, E experts, W ranks, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placement.errors import UserError
+from placement.plan import PlacementPlan
+from placement.trace import RoutingTrace
+
+Protocol = Literal["home", "coherent"]
+PROTOCOLS: tuple[Protocol, ...] = ("home", "coherent")
+CHUNK_CELLS = 1 << 22
+
+
+class TrafficError(UserError):
+    """A trace and a plan that do not belong together, or an unknown protocol."""
+
+
+def choose_ranks(hosts: Any, expert_ids: Any, owner: Any, node_of_rank: Any) -> Any:
+    """The rank that runs each chosen expert of each token.
+
+    An expert with one copy runs there. Then, in order of gate weight, a replicated expert runs on
+    the owner if it has a copy, else on a rank already chosen for the token, else on the owner's
+    node, else on a node already visited; ties go to the first copy from rank (owner + expert)
+    upwards, modulo the number of ranks, which spreads load.
+
+    Args:
+        hosts: int64 (E, W), 1 where the rank holds a copy.
+        expert_ids: int64 (T, K), by falling gate weight.
+        owner: int64 (T,).
+        node_of_rank: int64 (W,).
+
+    Returns:
+        int64 (T, K) ranks.
+
+    >>> hosts = np.array([[1, 0, 0], [0, 1, 1], [0, 0, 1]])   # expert 1 is on ranks 1 and 2
+    >>> choose_ranks(hosts, np.array([[1, 2]]), np.array([0]), np.zeros(3, int)).tolist()
+    [[2, 2]]
+    """
+    num_ranks = hosts.shape[1]
+    ranks = _range_like(owner, num_ranks)
+    copies = hosts.sum(axis=1)
+    chosen_rank = hosts.argmax(axis=1)[expert_ids]
+    is_owner = owner[:, None] == ranks
+    on_owner_node = node_of_rank[owner][:, None] == node_of_rank
+    is_fixed = copies[expert_ids] == 1
+    chosen = ((chosen_rank[:, :, None] == ranks) & is_fixed[:, :, None]).any(axis=1)
+    visited = _on_same_node(chosen, node_of_rank)
+    for slot in range(expert_ids.shape[1]):
+        experts = expert_ids[:, slot]
+        nearness = is_owner * 8 + chosen * 4 + on_owner_node * 2 + visited * 1
+        turn = num_ranks - (ranks - (owner + experts)[:, None]) % num_ranks
+        best = (hosts[experts] * (nearness * (num_ranks + 1) + turn)).argmax(axis=1)
+        chosen_rank[:, slot] = best
+        chosen = chosen | (best[:, None] == ranks)
+        visited = visited | (node_of_rank[best][:, None] == node_of_rank)
+    return chosen_rank
+
+
+def next_owner(rank_of_choice: Any, owner: Any, domain_of_rank: Any) -> Any:
+    """The rank in the owner's coherence domain that runs most of the token's experts.
+
+    Ties go to the present owner, then to the lowest rank; a token with no expert in its domain
+    stays where it is.
+
+    Args:
+        rank_of_choice: int64 (T, K) from `choose_ranks`.
+        owner: int64 (T,).
+        domain_of_rank: int64 (W,).
+
+    Returns:
+        int64 (T,).
+
+    >>> next_owner(np.array([[2, 1, 2], [0, 1, 2]]), np.array([0, 1]), np.zeros(3, int)).tolist()
+    [2, 1]
+    """
+    num_ranks = domain_of_rank.shape[0]
+    ranks = _range_like(owner, num_ranks)
+    experts_run = (rank_of_choice[:, :, None] == ranks).sum(axis=1)
+    preference = experts_run * 2 + (owner[:, None] == ranks) * 1
+    in_domain = domain_of_rank[owner][:, None] == domain_of_rank
+    return (in_domain * (preference * num_ranks + (num_ranks - 1 - ranks) + 1)).argmax(axis=1)
+
+
+def _range_like(array: Any, stop: int) -> Any:
+    if isinstance(array, np.ndarray):
+        return np.arange(stop)
+    return array.new_ones(stop).cumsum(0) - 1
+
+
+def _on_same_node(chosen: Any, node_of_rank: Any) -> Any:
+    """(T, W) whether a chosen rank shares the node of each rank."""
+    same_node = node_of_rank[:, None] == node_of_rank
+    return (chosen * 1.0) @ (same_node * 1.0) > 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Traffic:
+    """Rows and load of a plan on a trace.
+
+    Attributes:
+        num_tokens: tokens counted.
+        dispatch: int64 (layers, ranks, ranks) rows by layer, source and destination.
+        combine: int64 (layers, ranks, ranks) rows that return.
+        inter_node: rows of both ways whose source and destination are on different nodes.
+        inter_node_dedup: the same, each token sent once per remote node and fanned out inside.
+        load: int64 (layers, ranks) routed (token, expert) pairs.
+        rows_of_token: int32 (tokens,) rows of both ways over all layers.
+        inter_node_rows_of_token: int32 (tokens,) the same for `inter_node_dedup`.
+    """
+
+    num_tokens: int
+    dispatch: NDArray[np.int64]
+    combine: NDArray[np.int64]
+    inter_node: int
+    inter_node_dedup: int
+    load: NDArray[np.int64]
+    rows_of_token: NDArray[np.int32]
+    inter_node_rows_of_token: NDArray[np.int32]
+
+    def rows_per_token(self) -> dict[str, float]:
+        """Rows per token summed over layers, by kind."""
+        rows = {
+            "dispatch": int(self.dispatch.sum()),
+            "combine": int(self.combine.sum()),
+            "total": int(self.dispatch.sum() + self.combine.sum()),
+            "inter_node": self.inter_node,
+            "inter_node_dedup": self.inter_node_dedup,
+        }
+        return {name: count / self.num_tokens for name, count in rows.items()}
+
+    def imbalance(self) -> dict[str, float]:
+        """Max / mean load over ranks, as mean and max over layers."""
+        per_layer = imbalance_of(self.load)
+        return {"mean": float(per_layer.mean()), "max": float(per_layer.max())}
+
+
+def imbalance_of(load: NDArray[Any]) -> NDArray[np.float64]:
+    """(layers,) max / mean over the last axis of a (layers, ranks) load."""
+    result: NDArray[np.float64] = load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-12)
+    return result
+
+
+def count_traffic(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    *,
+    protocol: Protocol = "coherent",
+    coherence_domain: int | None = None,
+    first_owner: NDArray[Any] | None = None,
+) -> Traffic:
+    """Count the rows that `plan` sends for the routing in `trace`.
+
+    Args:
+        trace: recorded routing.
+        plan: a plan for the same model.
+        protocol: "home" or "coherent".
+        coherence_domain: ranks in a coherence domain; None means all. Ignored under `home`.
+        first_owner: (tokens,) owner at the first layer; default `sequence_id % num_ranks`.
+
+    Raises:
+        TrafficError: if trace and plan differ in layers or experts, or the protocol is unknown.
+    """
+    _check(trace, plan, protocol)
+    size = 1 if protocol == "home" else coherence_domain
+    walk = _Walk(plan, plan.topology.domain_of_rank(size))
+    owner = trace.sequence_ids % plan.num_ranks if first_owner is None else first_owner
+    step = max(1, CHUNK_CELLS // (plan.num_ranks * (trace.top_k + 4)))
+    for start in range(0, trace.num_tokens, step):
+        part = slice(start, start + step)
+        walk.add(trace.expert_ids[part].astype(np.int64), owner[part].astype(np.int64))
+    return walk.traffic()
+
+
+def _check(trace: RoutingTrace, plan: PlacementPlan, protocol: str) -> None:
+    if protocol not in PROTOCOLS:
+        msg = f"unknown protocol {protocol!r}; choose home or coherent"
+        raise TrafficError(msg)
+    if trace.num_experts != plan.num_experts or trace.layer_ids != plan.layer_ids:
+        msg = (
+            f"the trace is of {trace.model} ({trace.num_layers} layers, {trace.num_experts} "
+            f"experts), the plan for {plan.model} ({plan.num_layers} layers, {plan.num_experts} "
+            f"experts); use a plan made from a trace of the same model"
+        )
+        raise TrafficError(msg)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One layer of a walk: where tokens stood, where their experts ran, where they went."""
+
+    layer: int
+    owner: NDArray[np.int64]
+    rank_of_choice: NDArray[np.int64]
+    next_owner: NDArray[np.int64]
+
+
+def walk_layers(
+    expert_ids: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    hosts: NDArray[np.int64],
+    *,
+    node_of_rank: NDArray[np.int64],
+    domain_of_rank: NDArray[np.int64],
+) -> Iterator[Step]:
+    """Follow tokens through all layers.
+
+    Args:
+        expert_ids: (T, L, K).
+        owner: (T,) owner at the first layer.
+        hosts: (L, E, W), 1 where the rank holds a copy.
+        node_of_rank: (W,).
+        domain_of_rank: (W,); every rank its own domain is `home`.
+    """
+    for layer, table in enumerate(hosts):
+        experts = expert_ids[:, layer]
+        if int(table.sum()) == len(table):
+            ranks = table.argmax(axis=1)[experts]
+        else:
+            ranks = choose_ranks(table, experts, owner, node_of_rank)
+        moved = next_owner(ranks, owner, domain_of_rank)
+        yield Step(layer=layer, owner=owner, rank_of_choice=ranks, next_owner=moved)
+        owner = moved
+
+
+class _Walk:
+    """Counts gathered while chunks of tokens walk through the layers."""
+
+    def __init__(self, plan: PlacementPlan, domain_of_rank: NDArray[np.int64]) -> None:
+        layers, width = plan.num_layers, plan.num_ranks
+        self.hosts = plan.hosts().astype(np.int64)
+        self.node_of_rank = plan.topology.node_of_rank
+        self.domain_of_rank = domain_of_rank
+        self.dispatch = np.zeros((layers, width, width), dtype=np.int64)
+        self.combine = np.zeros((layers, width, width), dtype=np.int64)
+        self.load = np.zeros((layers, width), dtype=np.int64)
+        self.inter_node = 0
+        self.rows: list[NDArray[np.int32]] = []
+        self.inter_node_rows: list[NDArray[np.int32]] = []
+
+    def add(self, expert_ids: NDArray[np.int64], owner: NDArray[np.int64]) -> None:
+        width = len(self.node_of_rank)
+        rows = np.zeros(len(owner), dtype=np.int32)
+        inter_node_rows = np.zeros(len(owner), dtype=np.int32)
+        steps = walk_layers(
+            expert_ids,
+            owner,
+            self.hosts,
+            node_of_rank=self.node_of_rank,
+            domain_of_rank=self.domain_of_rank,
+        )
+        for step in steps:
+            self.load[step.layer] += np.bincount(step.rank_of_choice.ravel(), minlength=width)
+            runs = np.zeros((len(owner), width), dtype=np.bool_)
+            np.put_along_axis(runs, step.rank_of_choice, values=True, axis=1)
+            for end, matrix in ((step.owner, self.dispatch), (step.next_owner, self.combine)):
+                remote, nodes = self._count(runs, end, matrix[step.layer])
+                rows += remote
+                inter_node_rows += nodes
+            # combine was counted from the receiver's side; its matrix is turned in traffic()
+        self.rows.append(rows)
+        self.inter_node_rows.append(inter_node_rows)
+
+    def _count(
+        self, runs: NDArray[np.bool_], end: NDArray[np.int64], matrix: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Rows between `end` (the owner) and the ranks that run experts; rows and nodes a token."""
+        width = len(self.node_of_rank)
+        remote = runs.copy()
+        remote[np.arange(len(end)), end] = False
+        token, rank = np.nonzero(remote)
+        matrix += np.bincount(end[token] * width + rank, minlength=width * width).reshape(
+            width, width
+        )
+        crosses = self.node_of_rank[end][:, None] != self.node_of_rank
+        between = remote & crosses
+        self.inter_node += int(between.sum())
+        starts = np.flatnonzero(np.diff(self.node_of_rank, prepend=-1))
+        nodes = np.logical_or.reduceat(between, starts, axis=1).sum(axis=1, dtype=np.int32)
+        return remote.sum(axis=1, dtype=np.int32), nodes
+
+    def traffic(self) -> Traffic:
+        rows, inter_node_rows = np.concatenate(self.rows), np.concatenate(self.inter_node_rows)
+        return Traffic(
+            num_tokens=len(rows),
+            dispatch=self.dispatch,
+            combine=np.ascontiguousarray(self.combine.transpose(0, 2, 1)),
+            inter_node=self.inter_node,
+            inter_node_dedup=int(inter_node_rows.sum()),
+            load=self.load,
+            rows_of_token=rows,
+            inter_node_rows_of_token=inter_node_rows,
+        )
+
+
+def crossing_rate(trace: RoutingTrace, plan: PlacementPlan) -> float:
+    """The paper's metric: the share of layer transitions of the top-1 path that leave the rank.
+
+    With replicas a token runs the copy that `choose_ranks` picks when it moves as under top-1
+    `coherent` from `sequence_id % num_ranks`. Source: arXiv 2401.08383, eq. 8.
+    """
+    _check(trace, plan, "coherent")
+    if trace.num_layers < 2:
+        return 0.0
+    steps = walk_layers(
+        trace.expert_ids[:, :, :1].astype(np.int64),
+        (trace.sequence_ids % plan.num_ranks).astype(np.int64),
+        plan.hosts().astype(np.int64),
+        node_of_rank=plan.topology.node_of_rank,
+        domain_of_rank=plan.topology.domain_of_rank(),
+    )
+    path = np.stack([step.rank_of_choice[:, 0] for step in steps], axis=1)
+    return float((path[:, 1:] != path[:, :-1]).mean())
