@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from placement.errors import UserError
 from placement.topology import Topology, TopologyError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
 FORMAT = "exflow.plan/1"
 Slots = tuple[tuple[tuple[int, ...], ...], ...]
@@ -139,22 +142,43 @@ class PlacementPlan:
 
     @classmethod
     def from_hosts(
-        cls, hosts: NDArray[np.bool_], *, topology: Topology, **fields: Any
+        cls,
+        hosts: NDArray[np.bool_],
+        *,
+        model: str,
+        layer_ids: tuple[int, ...],
+        topology: Topology,
+        strategy: Strategy,
     ) -> PlacementPlan:
         """A plan from (layers, experts, ranks) flags, experts in rising order on each rank."""
         slots = tuple(
             tuple(tuple(int(e) for e in np.flatnonzero(on_rank)) for on_rank in layer.T)
             for layer in hosts
         )
-        return cls(num_experts=hosts.shape[1], topology=topology, slots=slots, **fields)
+        return cls(
+            model=model,
+            num_experts=hosts.shape[1],
+            layer_ids=layer_ids,
+            topology=topology,
+            strategy=strategy,
+            slots=slots,
+        )
 
     @classmethod
     def from_rank_of_expert(
-        cls, rank_of_expert: NDArray[Any], *, topology: Topology, **fields: Any
+        cls,
+        rank_of_expert: NDArray[Any],
+        *,
+        model: str,
+        layer_ids: tuple[int, ...],
+        topology: Topology,
+        strategy: Strategy,
     ) -> PlacementPlan:
         """A plan without replicas from (layers, experts) ranks."""
         hosts = rank_of_expert[:, :, None] == np.arange(topology.num_ranks)
-        return cls.from_hosts(hosts, topology=topology, **fields)
+        return cls.from_hosts(
+            hosts, model=model, layer_ids=layer_ids, topology=topology, strategy=strategy
+        )
 
     def save(self, path: str | Path) -> None:
         """Write `exflow.plan/1`: the same plan is the same bytes."""
@@ -208,7 +232,7 @@ def _to_json(plan: PlacementPlan) -> str:
     return f'{start},\n "slots": [\n  {layers}],\n {end}\n'
 
 
-def _from_json(data: Any) -> PlacementPlan:
+def _from_json(data: object) -> PlacementPlan:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         msg = f"format is {found!r}, expected {FORMAT!r}"
@@ -241,7 +265,7 @@ def _from_json(data: Any) -> PlacementPlan:
         raise PlanError(msg) from error
 
 
-def _expert(value: Any) -> int:
+def _expert(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         msg = f"slots must hold whole numbers, got {value!r}"
         raise PlanError(msg)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from placement.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
 
 FORMAT = "exflow.trace/1"
 TOKEN_ARRAYS = ("positions", "expert_weights", "domain_ids")
@@ -129,7 +132,7 @@ class RoutingTrace:
 
     def select(self, tokens: NDArray[Any]) -> RoutingTrace:
         """The tokens picked by a mask or by indices, in that order."""
-        picked = {
+        picked: dict[str, Any] = {
             name: None if (array := getattr(self, name)) is None else array[tokens]
             for name in TOKEN_ARRAYS
         }

@@ -1,11 +1,11 @@
-"""What a plan costs: rows on the wire, per link, and token load. The one place that counts.
+r"""What a plan costs: rows on the wire, per link, and token load. The one place that counts.
 
 For token t at MoE layer l: S_l its chosen logical experts, R_l the ranks that run them, h_l its
 owner. A rank that runs several of a token's experts receives the token's row once (rank dedup).
 
     protocol    dispatch rows    combine rows
-    home        |R_l \\ {h}|      |R_l \\ {h}|
-    coherent    |R_l \\ {h_l}|    |R_l \\ {h_(l+1)}|
+    home        |R_l \ {h}|      |R_l \ {h}|
+    coherent    |R_l \ {h_l}|    |R_l \ {h_(l+1)}|
 
 `choose_ranks` and `next_owner` are the rules the runtime follows too. They take NumPy arrays or
 torch tensors: only operations that both libraries spell alike are used.
@@ -15,17 +15,22 @@ Shapes: T tokens, K experts a token, E experts, W ranks, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from placement.errors import UserError
-from placement.plan import PlacementPlan
-from placement.trace import RoutingTrace
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from placement.plan import PlacementPlan
+    from placement.trace import RoutingTrace
+
+Array: TypeAlias = Any  # a NumPy array or a torch tensor
 Protocol = Literal["home", "coherent"]
 PROTOCOLS: tuple[Protocol, ...] = ("home", "coherent")
 CHUNK_CELLS = 1 << 22
@@ -35,7 +40,7 @@ class TrafficError(UserError):
     """A trace and a plan that do not belong together, or an unknown protocol."""
 
 
-def choose_ranks(hosts: Any, expert_ids: Any, owner: Any, node_of_rank: Any) -> Any:
+def choose_ranks(hosts: Array, expert_ids: Array, owner: Array, node_of_rank: Array) -> Array:
     """The rank that runs each chosen expert of each token.
 
     An expert with one copy runs there. Then, in order of gate weight, a replicated expert runs on
@@ -76,7 +81,7 @@ def choose_ranks(hosts: Any, expert_ids: Any, owner: Any, node_of_rank: Any) -> 
     return chosen_rank
 
 
-def next_owner(rank_of_choice: Any, owner: Any, domain_of_rank: Any) -> Any:
+def next_owner(rank_of_choice: Array, owner: Array, domain_of_rank: Array) -> Array:
     """The rank in the owner's coherence domain that runs most of the token's experts.
 
     Ties go to the present owner, then to the lowest rank; a token with no expert in its domain
@@ -101,13 +106,13 @@ def next_owner(rank_of_choice: Any, owner: Any, domain_of_rank: Any) -> Any:
     return (in_domain * (preference * num_ranks + (num_ranks - 1 - ranks) + 1)).argmax(axis=1)
 
 
-def _range_like(array: Any, stop: int) -> Any:
+def _range_like(array: Array, stop: int) -> Array:
     if isinstance(array, np.ndarray):
         return np.arange(stop)
     return array.new_ones(stop).cumsum(0) - 1
 
 
-def _on_same_node(chosen: Any, node_of_rank: Any) -> Any:
+def _on_same_node(chosen: Array, node_of_rank: Array) -> Array:
     """(T, W) whether a chosen rank shares the node of each rank."""
     same_node = node_of_rank[:, None] == node_of_rank
     return (chosen * 1.0) @ (same_node * 1.0) > 0
@@ -276,7 +281,6 @@ class _Walk:
                 remote, nodes = self._count(runs, end, matrix[step.layer])
                 rows += remote
                 inter_node_rows += nodes
-            # combine was counted from the receiver's side; its matrix is turned in traffic()
         self.rows.append(rows)
         self.inter_node_rows.append(inter_node_rows)
 
@@ -303,7 +307,7 @@ class _Walk:
         return Traffic(
             num_tokens=len(rows),
             dispatch=self.dispatch,
-            combine=np.ascontiguousarray(self.combine.transpose(0, 2, 1)),
+            combine=self.combine.transpose(0, 2, 1).copy(),
             inter_node=self.inter_node,
             inter_node_dedup=int(inter_node_rows.sum()),
             load=self.load,
