@@ -1,0 +1,140 @@
+"""Routing traces: known answers, files, splitting, merging."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from placement.trace import RoutingTrace, TraceError, merge_traces
+
+
+def make_trace(expert_ids, **fields):
+    expert_ids = np.asarray(expert_ids, dtype=np.int16)
+    defaults = {
+        "sequence_ids": np.arange(len(expert_ids), dtype=np.int32),
+        "num_experts": 4,
+        "model": "toy",
+        "layer_ids": tuple(range(expert_ids.shape[1])),
+    }
+    return RoutingTrace(expert_ids=expert_ids, **(defaults | fields))
+
+
+def full_trace(tokens=6, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(4)[:2] for _ in range(tokens * 3)]).reshape(tokens, 3, 2)
+    return make_trace(
+        ids,
+        sequence_ids=np.repeat(np.arange(tokens // 2, dtype=np.int32), 2),
+        positions=np.arange(tokens, dtype=np.int32),
+        expert_weights=rng.random((tokens, 3, 2)).astype(np.float16),
+        domain_ids=(np.arange(tokens) % 2).astype(np.uint8),
+        domains=("code", "prose"),
+        phase="decode",
+        source="a test",
+        licence="none",
+        layer_ids=(1, 2, 4),
+    )
+
+
+def test_a_trace_survives_saving_and_loading(tmp_path):
+    trace = full_trace()
+    trace.save(tmp_path / "trace.safetensors")
+    loaded = RoutingTrace.load(tmp_path / "trace.safetensors")
+    for field in dataclasses.fields(RoutingTrace):
+        expected, found = getattr(trace, field.name), getattr(loaded, field.name)
+        assert np.array_equal(expected, found), f"{field.name} changed on the way through a file"
+
+
+def test_a_split_keeps_sequences_whole_and_loses_no_token():
+    trace = full_trace(tokens=40)
+    fit, held_out = trace.split(seed=3)
+    assert not set(fit.sequence_ids) & set(held_out.sequence_ids)
+    assert fit.num_tokens + held_out.num_tokens == trace.num_tokens
+    assert fit.num_sequences == 10
+
+
+def test_the_split_is_the_documented_one():
+    trace = make_trace(np.zeros((10, 1, 1)))
+    order = np.arange(10)
+    np.random.default_rng(0).shuffle(order)
+    fit, _ = trace.split()
+    assert set(fit.sequence_ids) == set(order[:5])
+
+
+def test_one_sequence_cannot_be_split():
+    with pytest.raises(TraceError, match="at least two sequences"):
+        make_trace([[[0]], [[1]]], sequence_ids=np.zeros(2, dtype=np.int32)).split()
+
+
+def test_the_null_keeps_load_and_breaks_token_paths():
+    trace = make_trace(np.repeat(np.arange(4), 50).reshape(-1, 1, 1).repeat(2, axis=1))
+    null = trace.shuffled_layers(seed=0)
+    assert np.array_equal(
+        np.bincount(null.expert_ids[:, 1, 0]), np.bincount(trace.expert_ids[:, 1, 0])
+    )
+    same = (null.expert_ids[:, 0, 0] == null.expert_ids[:, 1, 0]).mean()
+    assert same < 0.4, "tokens that always repeat their expert should do so a quarter of the time"
+
+
+def test_merging_keeps_sequences_apart_and_matches_domains_by_name():
+    one = full_trace()
+    other = dataclasses.replace(one, domains=("prose", "law"))
+    merged = merge_traces([one, other])
+    assert merged.num_sequences == 2 * one.num_sequences
+    assert merged.domains == ("code", "prose", "law")
+    assert merged.domain("prose").num_tokens == one.num_tokens
+    assert merged.domain("law").num_tokens == one.num_tokens // 2
+
+
+def test_merging_drops_an_array_that_one_trace_lacks():
+    one = full_trace()
+    merged = merge_traces([one, dataclasses.replace(one, positions=None)])
+    assert merged.positions is None
+    assert merged.expert_weights is not None
+
+
+def test_traces_of_different_models_do_not_merge():
+    with pytest.raises(TraceError, match="num_experts is 4 in one, 5 in another"):
+        merge_traces([full_trace(), dataclasses.replace(full_trace(), num_experts=5)])
+
+
+def test_top1_keeps_the_first_expert():
+    trace = full_trace()
+    assert np.array_equal(trace.top1().expert_ids[:, :, 0], trace.expert_ids[:, :, 0])
+    assert trace.top1().top_k == 1
+
+
+@pytest.mark.parametrize(
+    ("expert_ids", "fields", "message"),
+    [
+        (np.zeros((0, 2, 1)), {}, "no tokens"),
+        (np.zeros((2, 2)), {"layer_ids": (0, 1)}, r"\(tokens, layers, top_k\)"),
+        (np.full((2, 1, 1), 4), {}, "expert ids run from 4 to 4, expected 0 to 3"),
+        (np.full((2, 1, 1), -1), {}, "expert ids run from -1"),
+        (np.full((2, 1, 2), 3), {}, "names an expert twice at layer 0"),
+        (np.zeros((2, 1, 1)), {"layer_ids": (0, 1)}, "names 2 layers"),
+        (np.zeros((2, 1, 1)), {"sequence_ids": np.zeros(3, np.int32)}, "sequence_ids must have"),
+        (np.zeros((2, 1, 1)), {"domain_ids": np.ones(2, np.uint8)}, "domain_ids reach 1"),
+        (
+            np.zeros((2, 1, 1)),
+            {"expert_weights": np.full((2, 1, 1), np.nan, np.float16)},
+            "NaN",
+        ),
+    ],
+)
+def test_a_malformed_trace_says_what_is_wrong(expert_ids, fields, message):
+    with pytest.raises(TraceError, match=message):
+        make_trace(expert_ids, **fields)
+
+
+def test_a_file_that_is_no_trace_is_refused_by_name(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": np.zeros(3)}, path)
+    with pytest.raises(TraceError, match=r"model\.safetensors.*expected 'exflow\.trace/1'"):
+        RoutingTrace.load(path)
+    path.write_bytes(b"not safetensors at all")
+    with pytest.raises(TraceError, match="not a usable routing trace"):
+        RoutingTrace.load(path)
+    with pytest.raises(TraceError, match="no such trace"):
+        RoutingTrace.load(tmp_path / "nothing.safetensors")
