@@ -1,0 +1,1 @@
+"""Recording which experts a model's tokens use: hooks, batches, resumable parts."""
