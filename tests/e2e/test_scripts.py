@@ -3,12 +3,20 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / "scripts/lib/environment.sh"
+
+FAKE_PYTHON = f"""#!/bin/sh
+[ "$1" = -m ] || exec "{sys.executable}" "$@"
+shift
+echo "$@" >>pip.log
+exec "${{FAKE_PIP:-true}}"
+"""
 
 
 def bash(code, *, cwd, **variables):
@@ -31,9 +39,7 @@ def checkout(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     programs = tmp_path / ".venv/bin"
     programs.mkdir(parents=True)
-    python = shutil.which("python3")
-    fake = f'#!/bin/sh\n[ "$1" = -m ] || exec {python} "$@"\nshift; echo "$@" >>pip.log\n"${PIP:-true}"\n'
-    (programs / "python").write_text(fake)
+    (programs / "python").write_text(FAKE_PYTHON)
     (programs / "python").chmod(0o755)
     return tmp_path
 
@@ -97,7 +103,7 @@ def test_without_venv_the_message_says_what_to_install(tmp_path):
 
 
 def test_a_failing_installation_is_tried_again(checkout):
-    done = bash("prepare_environment", cwd=checkout, PIP="false")
+    done = bash("prepare_environment", cwd=checkout, FAKE_PIP="false")
     assert done.returncode == 1
     pip_calls(checkout)
     bash("prepare_environment", cwd=checkout)
