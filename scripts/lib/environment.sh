@@ -70,7 +70,7 @@ install_exflow() {
 }
 
 pip_install() {
-  python -m pip install --disable-pip-version-check --constraint constraints.txt "$@" >&2 ||
+  python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt "$@" >&2 ||
     fail "pip could not install $*; what it says is above"
 }
 
