@@ -1,0 +1,58 @@
+"""The families the runtime knows, by the `model_type` of their configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exflow.errors import CheckpointError
+from exflow.models import olmoe, qwen3_moe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from exflow.models.definition import DecoderDefinition
+
+FAMILIES: dict[str, Callable[[Any, Path, str], DecoderDefinition]] = {
+    "olmoe": olmoe.define,
+    "qwen3_moe": qwen3_moe.define,
+}
+
+
+def define_model(folder: str | Path, *, name: str | None = None) -> DecoderDefinition:
+    """Read the configuration of a checkpoint.
+
+    Args:
+        folder: where `config.json` is.
+        name: the model's name; default the folder's.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of a family the runtime does not know.
+    """
+    from transformers import AutoConfig
+
+    path = Path(folder)
+    model_type = _model_type(path)
+    if model_type not in FAMILIES:
+        msg = (
+            f"{path}: the runtime does not know the architecture {model_type!r}; "
+            f"supported: {', '.join(sorted(FAMILIES))}"
+        )
+        raise CheckpointError(msg)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        return FAMILIES[model_type](config, path, name or path.resolve().name)
+    except (AttributeError, KeyError, TypeError) as error:
+        msg = f"{path}/config.json lacks what a {model_type} model needs: {error}"
+        raise CheckpointError(msg) from error
+
+
+def _model_type(folder: Path) -> str:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        msg = f"{path} cannot be read as a model's configuration: {error}"
+        raise CheckpointError(msg) from error
+    return str(config.get("model_type")) if isinstance(config, dict) else "unknown"

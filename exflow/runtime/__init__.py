@@ -1,0 +1,1 @@
+"""Distributed decode: ranks, weights, experts, dispatcher, KV cache, scheduler, engine."""

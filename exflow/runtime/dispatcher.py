@@ -1,0 +1,273 @@
+"""Dispatchers: bring tokens to the ranks of their experts, and the partial sums to their owners.
+
+    home       owner 0 -- row --> rank 2 runs experts -- partial sum --> owner 0
+    coherent   owner 0 -- row --> rank 2 runs most experts, adds the sums of the others and its
+                                  own to the residual it got with the row, and is the next owner
+
+`dispatch` returns rows and a frozen record, `combine` takes that record; nothing is remembered in
+between. A rank that runs several of a token's experts gets its row once. The numbers of rows are
+`placement.traffic.count_traffic`'s.
+
+Messages a MoE layer: the numbers of rows, the rows, and the partial sums; the last is not sent
+where every token has one expert and may be owned by any rank. Splits must be known before an
+all-to-all starts, and depend on the gate: hence the first.
+
+Shape suffixes: T tokens owned, N rows received, M places in a buffer, K choices, D hidden size,
+W ranks, B bytes of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from exflow.runtime.rows import RowFormat
+from exflow.runtime.tables import order_by_rank, ranks_that_run
+from placement.traffic import next_owner
+
+if TYPE_CHECKING:
+    from exflow.runtime.tables import PlacementTables
+    from exflow.runtime.wire import Wire
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokens:
+    """The tokens a rank owns.
+
+    Attributes:
+        hidden: (T, D) residual stream.
+        slots: (T,) the slot of each token's request.
+        owned: how many tokens each rank owns.
+    """
+
+    hidden: torch.Tensor
+    slots: torch.Tensor
+    owned: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """The rows a rank runs experts for.
+
+    Attributes:
+        hidden: (N, D) residual stream.
+        expert_slots: (N, K) the rank's slot of each choice, -1 where another rank runs it.
+        weights: (N, K) gate weights, float32.
+    """
+
+    hidden: torch.Tensor
+    expert_slots: torch.Tensor
+    weights: torch.Tensor
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to experts and back."""
+
+    def dispatch(
+        self, layer: int, tokens: Tokens, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[Rows, Any]:
+        """Send tokens to the ranks of their experts.
+
+        Args:
+            layer: index among the MoE layers.
+            tokens: the tokens this rank owns.
+            expert_ids_TK: their experts, by falling gate weight.
+            weights_TK: the gate weights.
+
+        Returns:
+            The rows to run experts for, and a record for `combine`.
+        """
+
+    def combine(self, partial_ND: torch.Tensor, record: Any) -> Tokens:
+        """Add the experts' gate-weighted sums to the tokens and say who owns them now."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalDispatcher:
+    """One rank: the specification. Rows are the tokens themselves."""
+
+    tables: PlacementTables
+
+    def dispatch(
+        self, layer: int, tokens: Tokens, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[Rows, Tokens]:
+        """The tokens as rows."""
+        slots_NK = self.tables.slot_of_choice[layer][expert_ids_TK]
+        rows = Rows(hidden=tokens.hidden, expert_slots=slots_NK, weights=weights_TK)
+        return rows, tokens
+
+    def combine(self, partial_ND: torch.Tensor, record: Tokens) -> Tokens:
+        """Residual plus experts."""
+        return Tokens(hidden=record.hidden + partial_ND, slots=record.slots, owned=record.owned)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HomeRecord:
+    """What `HomeDispatcher.combine` needs: where each row came from and goes back to."""
+
+    layer: int
+    tokens: Tokens
+    token_M: torch.Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HomeDispatcher:
+    """Owners never change: rows go out in one all-to-all, partial sums come back in another."""
+
+    tables: PlacementTables
+    format: RowFormat
+    wire: Wire
+
+    def dispatch(
+        self, layer: int, tokens: Tokens, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[Rows, HomeRecord]:
+        """Send each token once to every rank that runs some of its experts."""
+        tables, row_format = self.tables, self.format
+        choices_TK = tables.choose(layer, expert_ids_TK)
+        runs_TW = ranks_that_run(choices_TK // tables.num_experts, tables.num_ranks)
+        token_M, send_counts = order_by_rank(runs_TW)
+        receive_counts = self.wire.exchange_counts(send_counts)
+        rows_NB = self.wire.exchange_rows(
+            row_format.pack(tokens.hidden, choices_TK, weights_TK)[token_M],
+            send_counts,
+            receive_counts,
+            kind="dispatch",
+            layer=layer,
+            payload_bytes=row_format.payload_bytes,
+        )
+        record = HomeRecord(
+            layer=layer,
+            tokens=tokens,
+            token_M=token_M,
+            send_counts=send_counts,
+            receive_counts=receive_counts,
+        )
+        return _rows(row_format, tables, layer, rows_NB), record
+
+    def combine(self, partial_ND: torch.Tensor, record: HomeRecord) -> Tokens:
+        """Partial sums return the way the rows came; the owner adds them by rank."""
+        returned_MD = _exchange_partials(
+            self.wire, partial_ND, record.receive_counts, record.send_counts, record.layer
+        )
+        tokens = record.tokens
+        total_TD = torch.zeros_like(tokens.hidden).index_add_(0, record.token_M, returned_MD)
+        return Tokens(hidden=tokens.hidden + total_TD, slots=tokens.slots, owned=tokens.owned)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CoherentRecord:
+    """What `CoherentDispatcher.combine` needs: the rows, and who runs and will own each."""
+
+    layer: int
+    hidden_ND: torch.Tensor
+    slots_N: torch.Tensor
+    next_owner_N: torch.Tensor
+    ranks_NK: torch.Tensor
+    owned: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CoherentDispatcher:
+    """The owner moves, inside its coherence domain, to the rank that runs most of the experts."""
+
+    tables: PlacementTables
+    format: RowFormat
+    wire: Wire
+    num_domains: int
+
+    @property
+    def has_combine(self) -> bool:
+        """Whether partial sums travel. With one expert a token and one domain the expert's rank
+        is the next owner."""
+        return self.tables.top_k > 1 or self.num_domains > 1
+
+    def dispatch(
+        self, layer: int, tokens: Tokens, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[Rows, CoherentRecord]:
+        """Send each token, with its residual, to every rank that runs some of its experts.
+
+        A token whose owner stays without running any of its experts (none is in its domain) is
+        kept as a row without experts.
+        """
+        tables, row_format = self.tables, self.format
+        choices_TK = tables.choose(layer, expert_ids_TK)
+        ranks_TK = choices_TK // tables.num_experts
+        owner_T = torch.full_like(tokens.slots, tables.rank)
+        next_T = next_owner(ranks_TK, owner_T, tables.domain_of_rank)
+        wanted_TW = ranks_that_run(ranks_TK, tables.num_ranks)
+        wanted_TW[:, tables.rank] |= next_T == tables.rank
+        token_M, send_counts = order_by_rank(wanted_TW)
+        moves = torch.bincount(next_T, minlength=tables.num_ranks).tolist()
+        counts = self.wire.share_counts(send_counts + moves)
+        rows_NB = self.wire.exchange_rows(
+            row_format.pack(tokens.hidden, choices_TK, weights_TK, tokens.slots, next_T)[token_M],
+            send_counts,
+            [source[tables.rank] for source in counts],
+            kind="dispatch",
+            layer=layer,
+            payload_bytes=row_format.payload_bytes,
+        )
+        owned = [sum(moved) for moved in zip(*counts, strict=True)][tables.num_ranks :]
+        rows = _rows(row_format, tables, layer, rows_NB)
+        record = CoherentRecord(
+            layer=layer,
+            hidden_ND=rows.hidden,
+            slots_N=row_format.slots(rows_NB),
+            next_owner_N=row_format.next_owners(rows_NB),
+            ranks_NK=row_format.choices(rows_NB) // tables.num_experts,
+            owned=tuple(owned),
+        )
+        return rows, record
+
+    def combine(self, partial_ND: torch.Tensor, record: CoherentRecord) -> Tokens:
+        """Partial sums go to the next owners, who got the residual with the row.
+
+        All ranks lay rows out by (old owner, token), so no metadata travels here.
+        """
+        if not self.has_combine:
+            hidden_TD = record.hidden_ND + partial_ND
+            return Tokens(hidden=hidden_TD, slots=record.slots_N, owned=record.owned)
+        tables = self.tables
+        runs_NW = ranks_that_run(record.ranks_NK, tables.num_ranks)
+        mine_T = (record.next_owner_N == tables.rank).nonzero()[:, 0]
+        goes_NW = ranks_that_run(record.next_owner_N[:, None], tables.num_ranks)
+        sent_M, send_counts = order_by_rank(goes_NW & runs_NW[:, tables.rank, None])
+        token_M, receive_counts = order_by_rank(runs_NW[mine_T])
+        returned_MD = _exchange_partials(
+            self.wire, partial_ND[sent_M], send_counts, receive_counts, record.layer
+        )
+        hidden_TD = record.hidden_ND[mine_T]
+        total_TD = torch.zeros_like(hidden_TD).index_add_(0, token_M, returned_MD)
+        return Tokens(hidden=hidden_TD + total_TD, slots=record.slots_N[mine_T], owned=record.owned)
+
+
+def _rows(
+    row_format: RowFormat, tables: PlacementTables, layer: int, rows_NB: torch.Tensor
+) -> Rows:
+    return Rows(
+        hidden=row_format.hidden(rows_NB),
+        expert_slots=tables.slot_of_choice[layer][row_format.choices(rows_NB)],
+        weights=row_format.weights(rows_NB),
+    )
+
+
+def _exchange_partials(
+    wire: Wire,
+    partial_MD: torch.Tensor,
+    send_counts: list[int],
+    receive_counts: list[int],
+    layer: int,
+) -> torch.Tensor:
+    rows_MB = wire.exchange_rows(
+        partial_MD.contiguous().view(torch.uint8),
+        send_counts,
+        receive_counts,
+        kind="combine",
+        layer=layer,
+        payload_bytes=partial_MD.shape[1] * partial_MD.element_size(),
+    )
+    return rows_MB.view(partial_MD.dtype)

@@ -1,0 +1,77 @@
+"""The way of tokens through the layers: attention and gate at the owner, experts where they are.
+
+Shape suffixes: T tokens, N rows, K experts a token, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from exflow.runtime.dispatcher import Tokens
+from exflow.runtime.experts import run_experts
+
+if TYPE_CHECKING:
+    from exflow.runtime.attention import Attention
+    from exflow.runtime.decoder import Decoder
+    from exflow.runtime.dispatcher import Dispatcher
+    from exflow.runtime.metrics import PhaseMetrics
+    from exflow.runtime.recorder import DecodeRecorder
+
+
+def run_layers(
+    decoder: Decoder,
+    tokens: Tokens,
+    attention: Attention,
+    dispatcher: Dispatcher,
+    *,
+    metrics: PhaseMetrics,
+    recorder: DecodeRecorder | None,
+) -> tuple[Tokens, list[int]]:
+    """Take tokens through all layers.
+
+    Returns:
+        The tokens where they ended, and how many keys and values each rank has stored.
+    """
+    stored = [0] * len(tokens.owned)
+    moe_layer = 0
+    for layer in range(decoder.definition.num_layers):
+        stored = [count + owned for count, owned in zip(stored, tokens.owned, strict=True)]
+        hidden_TD = decoder.attend(layer, tokens.hidden, tokens.slots, attention)
+        if decoder.weights.layers[layer].experts is None:
+            hidden_TD = decoder.dense(layer, hidden_TD)
+            tokens = Tokens(hidden=hidden_TD, slots=tokens.slots, owned=tokens.owned)
+            metrics.lap("attention")
+            continue
+        metrics.lap("attention")
+        tokens = Tokens(hidden=hidden_TD, slots=tokens.slots, owned=tokens.owned)
+        tokens = _run_experts(
+            decoder, layer, moe_layer, tokens, dispatcher, metrics=metrics, recorder=recorder
+        )
+        moe_layer += 1
+    return tokens, stored
+
+
+def _run_experts(
+    decoder: Decoder,
+    layer: int,
+    moe_layer: int,
+    tokens: Tokens,
+    dispatcher: Dispatcher,
+    *,
+    metrics: PhaseMetrics,
+    recorder: DecodeRecorder | None,
+) -> Tokens:
+    expert_ids_TK, weights_TK = decoder.route(layer, tokens.hidden)
+    if recorder is not None:
+        recorder.add(tokens.slots, expert_ids_TK, weights_TK)
+    metrics.lap("gate")
+    rows, record = dispatcher.dispatch(moe_layer, tokens, expert_ids_TK, weights_TK)
+    metrics.lap("dispatch")
+    experts = decoder.weights.layers[layer].experts
+    assert experts is not None
+    normed_ND = decoder.post_norm(layer, rows.hidden)
+    partial_ND = run_experts(experts, normed_ND, rows.expert_slots, rows.weights)
+    metrics.lap("experts")
+    tokens = dispatcher.combine(partial_ND, record)
+    metrics.lap("combine")
+    return tokens

@@ -1,0 +1,117 @@
+"""Who we are among the ranks of a job. Nothing else asks `torch.distributed` or torchrun's variables."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from placement.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class RankFailureError(UserError):
+    """Another rank cannot go on, so none does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process's place in the job.
+
+    Attributes:
+        rank: its number, from 0.
+        num_ranks: how many there are.
+        local_rank: its number on its node.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """What torchrun says; one rank without it.
+
+        Raises:
+            UserError: the variables are not whole numbers.
+        """
+        try:
+            return cls(
+                rank=int(os.environ.get("RANK", "0")),
+                num_ranks=int(os.environ.get("WORLD_SIZE", "1")),
+                local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            )
+        except ValueError as error:
+            msg = f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}; use torchrun"
+            raise UserError(msg) from error
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which reads results and writes files."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def connected(self, device: torch.device) -> Iterator[None]:
+        """A process group for the duration: NCCL on GPUs, gloo on CPUs, none for one rank.
+
+        A group that exists already is used and left alone.
+        """
+        if self.num_ranks == 1 or dist.is_initialized():
+            yield
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def gather(self, value: Any, device: torch.device) -> list[Any]:
+        """The value of every rank, by rank, on every rank. Values are what JSON can hold."""
+        if self.num_ranks == 1:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        parts = self.gather_arrays(content, device)
+        return [json.loads(bytes(part.numpy())) for part in parts]
+
+    def gather_arrays(self, array: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+        """The one-dimensional tensors of all ranks, of any lengths but one type, on every rank."""
+        if self.num_ranks == 1:
+            return [array]
+        length = torch.tensor([len(array)] * self.num_ranks, device=device)
+        lengths = torch.empty_like(length)
+        dist.all_to_all_single(lengths, length)
+        sizes = lengths.tolist()
+        sent = array.to(device).repeat(self.num_ranks)
+        received = torch.empty(sum(sizes), dtype=array.dtype, device=device)
+        dist.all_to_all_single(received, sent, sizes, [len(array)] * self.num_ranks)
+        return list(received.cpu().split(sizes))
+
+    @contextlib.contextmanager
+    def agreeing(self, device: torch.device) -> Iterator[None]:
+        """Runs a block on every rank; if a user error stops one, an error stops all.
+
+        Raises:
+            UserError: the rank's own error.
+            RankFailureError: the first error of another rank.
+        """
+        problem: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        problems = self.gather(None if problem is None else str(problem), device)
+        if problem is not None:
+            raise problem
+        for rank, message in enumerate(problems):
+            if message is not None:
+                msg = f"rank {rank} cannot go on: {message}"
+                raise RankFailureError(msg)

@@ -1,0 +1,183 @@
+"""Steps: the forward passes of a batch, from tokens in to tokens out.
+
+Each ends with the same exchange, after which every rank knows every new token. Shape suffixes: S
+slots, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from exflow.runtime.attention import DecodeAttention, PrefillAttention, Rotary
+from exflow.runtime.dispatcher import Dispatcher, Tokens
+from exflow.runtime.forward import run_layers
+from exflow.runtime.metrics import PhaseMetrics
+from exflow.runtime.sampling import sample
+from exflow.runtime.sharing import Sizes, share
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from exflow.runtime.attention import Attention
+    from exflow.runtime.decoder import Decoder
+    from exflow.runtime.kv_cache import KvCache
+    from exflow.runtime.metrics import Phase
+    from exflow.runtime.recorder import DecodeRecorder
+    from exflow.runtime.requests import SamplingParams
+    from exflow.runtime.scheduler import Flight
+    from exflow.runtime.wire import Wire
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Steps:
+    """The forward passes of this rank.
+
+    Attributes:
+        decoder: the model.
+        rotary: its position embedding.
+        dispatchers: by phase; prompts are always read at home.
+        wire: the collectives; None on one rank.
+        metrics: counts by phase.
+        recorder: takes down the routing of decode steps.
+        rank: this rank.
+        domain_of_rank: coherence domains.
+    """
+
+    decoder: Decoder
+    rotary: Rotary
+    dispatchers: dict[Phase, Dispatcher]
+    wire: Wire | None
+    metrics: dict[Phase, PhaseMetrics]
+    recorder: DecodeRecorder | None
+    rank: int
+    domain_of_rank: Sequence[int]
+
+    def prefill(
+        self, joined: Sequence[Flight], cache: KvCache, params: SamplingParams
+    ) -> dict[int, int]:
+        """Read the prompts of new requests; the first new token of each slot."""
+        for flight in joined:
+            if flight.domain == self.domain_of_rank[self.rank]:
+                cache.assign(flight.slot, flight.pages)
+        mine = [flight for flight in joined if flight.home == self.rank]
+        prompts = [flight.request.token_ids for flight in mine]
+        lengths = [len(prompt) for prompt in prompts]
+        slots = [flight.slot for flight in mine]
+        attention = PrefillAttention(
+            self.decoder.definition, cache, self.rotary, slots=slots, lengths=lengths
+        )
+        token_ids = [token for prompt in prompts for token in prompt]
+        owned = self._by_home(joined, [len(flight.request.token_ids) for flight in joined])
+        tokens, stored = self._run("prefill", token_ids, attention.slots, owned, attention)
+        ends = self._tensor(np.cumsum(lengths) - 1)
+        last = Tokens(
+            hidden=tokens.hidden[ends],
+            slots=tokens.slots[ends],
+            owned=self._by_home(joined, [1] * len(joined)),
+        )
+        return self._finish("prefill", last, stored, joined, attention, cache, params)
+
+    def decode(
+        self, running: Sequence[Flight], cache: KvCache, params: SamplingParams
+    ) -> dict[int, int]:
+        """One more token of every request in flight, by slot."""
+        positions_S = np.zeros(len(cache.page_table), dtype=np.int64)
+        requests_S = np.zeros(len(cache.page_table), dtype=np.int64)
+        for flight in running:
+            positions_S[flight.slot] = flight.position
+            requests_S[flight.slot] = flight.request.index
+        attention = DecodeAttention(
+            self.decoder.definition,
+            cache,
+            self.rotary,
+            positions_S=self._tensor(positions_S),
+            longest=int(positions_S.max()),
+        )
+        mine = [flight for flight in running if flight.home == self.rank]
+        token_ids = [flight.token_ids[-1] for flight in mine]
+        slots_T = self._tensor([flight.slot for flight in mine])
+        owned = self._by_home(running, [1] * len(running))
+        tokens, stored = self._run("decode", token_ids, slots_T, owned, attention)
+        if self.recorder is not None:
+            self.recorder.end_step(requests_S, positions_S)
+        return self._finish("decode", tokens, stored, running, attention, cache, params)
+
+    def _run(
+        self,
+        phase: Phase,
+        token_ids: list[int],
+        slots_T: torch.Tensor,
+        owned: tuple[int, ...],
+        attention: Attention,
+    ) -> tuple[Tokens, list[int]]:
+        metrics = self.metrics[phase]
+        metrics.start(len(token_ids))
+        if self.wire is not None:
+            self.wire.metrics = metrics
+        hidden_TD = self.decoder.embed(self._tensor(token_ids))
+        return run_layers(
+            self.decoder,
+            Tokens(hidden=hidden_TD, slots=slots_T, owned=owned),
+            attention,
+            self.dispatchers[phase],
+            metrics=metrics,
+            recorder=self.recorder if phase == "decode" else None,
+        )
+
+    def _finish(
+        self,
+        phase: Phase,
+        tokens: Tokens,
+        stored: Sequence[int],
+        flights: Sequence[Flight],
+        attention: Attention,
+        cache: KvCache,
+        params: SamplingParams,
+    ) -> dict[int, int]:
+        """Sample where the tokens stand and share what is new."""
+        metrics = self.metrics[phase]
+        flight_of_slot = {flight.slot: flight for flight in flights}
+        here = [flight_of_slot[slot] for slot in tokens.slots.tolist()]
+        token_ids_T = sample(
+            self.decoder.logits(tokens.hidden),
+            params,
+            request_indices=np.array([flight.request.index for flight in here], dtype=np.int64),
+            positions=np.array([flight.position + 1 for flight in here], dtype=np.int64),
+        )
+        metrics.lap("sampling")
+        if self.wire is None:
+            return dict(zip(tokens.slots.tolist(), token_ids_T.tolist(), strict=True))
+        has_peers = self.domain_of_rank.count(self.domain_of_rank[self.rank]) > 1
+        sizes = Sizes(
+            tokens=tokens.owned,
+            entries=stored,
+            entry_bytes=cache.entries.shape[1] * cache.entries.element_size(),
+            domain_of_rank=self.domain_of_rank,
+        )
+        token_of_slot = share(
+            self.wire,
+            cache,
+            sizes,
+            slots_T=tokens.slots,
+            token_ids_T=token_ids_T,
+            written=attention.written if has_peers else [],
+        )
+        metrics.lap("share")
+        return token_of_slot
+
+    def _by_home(self, flights: Sequence[Flight], counts: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that start on each rank."""
+        owned = [0] * len(self.domain_of_rank)
+        for flight, count in zip(flights, counts, strict=True):
+            owned[flight.home] += count
+        return tuple(owned)
+
+    def _tensor(self, values: Sequence[int] | NDArray[Any]) -> torch.Tensor:
+        device = self.decoder.weights.embedding.device
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)

@@ -1,0 +1,117 @@
+"""A plan as lookup tables on the device, and the index arithmetic of dispatch and combine.
+
+A *choice* is one number for a (rank, logical expert) pair: rank * E + expert.
+Shape suffixes: T tokens, K experts a token, E logical experts, L MoE layers, W ranks, N rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from placement.traffic import choose_ranks
+
+if TYPE_CHECKING:
+    from placement.plan import PlacementPlan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlacementTables:
+    """What one rank has to know of a plan.
+
+    Attributes:
+        rank: this rank.
+        num_ranks: W.
+        num_experts: E.
+        top_k: K.
+        hosts: int64 (L, E, W), 1 where a rank holds a copy.
+        fixed_choice: by layer, (E,) the choice for each expert, or None where experts have copies.
+        slot_of_choice: (L, W * E) this rank's slot for a choice, -1 if it is another rank's.
+        node_of_rank: (W,).
+        domain_of_rank: (W,) coherence domains.
+    """
+
+    rank: int
+    num_ranks: int
+    num_experts: int
+    top_k: int
+    hosts: torch.Tensor
+    fixed_choice: tuple[torch.Tensor | None, ...]
+    slot_of_choice: torch.Tensor
+    node_of_rank: torch.Tensor
+    domain_of_rank: torch.Tensor
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: PlacementPlan,
+        rank: int,
+        *,
+        top_k: int,
+        coherence_domain: int | None,
+        device: torch.device,
+    ) -> PlacementTables:
+        """The tables of `rank`, with domains of `coherence_domain` ranks (None: all ranks)."""
+        hosts = torch.from_numpy(plan.hosts().astype(np.int64))
+        experts = torch.arange(plan.num_experts)
+        slot_of_choice = torch.full((plan.num_layers, plan.num_ranks * plan.num_experts), -1)
+        fixed_choice: list[torch.Tensor | None] = []
+        for layer, ranks in enumerate(plan.slots):
+            mine = torch.tensor(ranks[rank], dtype=torch.int64)
+            slot_of_choice[layer, rank * plan.num_experts + mine] = torch.arange(len(mine))
+            is_fixed = int(hosts[layer].sum()) == plan.num_experts
+            choice = hosts[layer].argmax(dim=1) * plan.num_experts + experts
+            fixed_choice.append(choice.to(device) if is_fixed else None)
+        domains = torch.from_numpy(plan.topology.domain_of_rank(coherence_domain))
+        return cls(
+            rank=rank,
+            num_ranks=plan.num_ranks,
+            num_experts=plan.num_experts,
+            top_k=top_k,
+            hosts=hosts.to(device),
+            fixed_choice=tuple(fixed_choice),
+            slot_of_choice=slot_of_choice.to(device),
+            node_of_rank=torch.from_numpy(plan.topology.node_of_rank).to(device),
+            domain_of_rank=domains.to(device),
+        )
+
+    def choose(self, layer: int, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        """(T, K) the choice for each expert of tokens that this rank owns."""
+        fixed = self.fixed_choice[layer]
+        if fixed is not None:
+            return fixed[expert_ids_TK]
+        owner_T = torch.full_like(expert_ids_TK[:, 0], self.rank)
+        ranks_TK = choose_ranks(self.hosts[layer], expert_ids_TK, owner_T, self.node_of_rank)
+        chosen: torch.Tensor = ranks_TK * self.num_experts + expert_ids_TK
+        return chosen
+
+
+def ranks_that_run(ranks_TK: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Bool (T, W): whether a rank runs any of a token's experts.
+
+    >>> ranks_that_run(torch.tensor([[2, 0], [1, 1]]), 3).tolist()
+    [[True, False, True], [False, True, False]]
+    """
+    runs_TW = ranks_TK.new_zeros((len(ranks_TK), num_ranks), dtype=torch.bool)
+    return runs_TW.scatter_(1, ranks_TK, value=True)
+
+
+def order_by_rank(wanted_TW: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """The rows to lay out for an all-to-all: rank by rank, in rising order within one.
+
+    Args:
+        wanted_TW: whether row t goes to (or comes from) rank w.
+
+    Returns:
+        The row of each place in the buffer, and the number of places of each rank.
+
+    >>> rows, counts = order_by_rank(torch.tensor([[True, False], [True, True]]))
+    >>> rows.tolist(), counts
+    ([0, 1, 1], [2, 1])
+    """
+    rows_N = wanted_TW.t().nonzero()[:, 1]
+    counts: list[int] = wanted_TW.sum(dim=0).tolist()
+    return rows_N, counts

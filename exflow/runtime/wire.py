@@ -1,0 +1,94 @@
+"""The collectives of a forward pass, counted by kind.
+
+Shape suffixes: N rows, B bytes of a row, W ranks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from exflow.runtime.metrics import PhaseMetrics, RowKind
+    from exflow.runtime.ranks import Ranks
+
+
+class Wire:
+    """All-to-alls between the ranks.
+
+    Attributes:
+        metrics: where rows, bytes and messages are counted; changed from phase to phase.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device, metrics: PhaseMetrics) -> None:
+        self.rank = ranks.rank
+        self.num_ranks = ranks.num_ranks
+        self.device = device
+        self.metrics = metrics
+
+    def exchange_rows(
+        self,
+        rows_NB: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        *,
+        kind: RowKind,
+        layer: int,
+        payload_bytes: int,
+    ) -> torch.Tensor:
+        """Send rows, sorted by destination, and get those of all sources, sorted by source.
+
+        Args:
+            rows_NB: uint8 rows.
+            send_counts: rows for each rank, this one too.
+            receive_counts: rows from each rank.
+            kind: what they are counted as.
+            layer: index among the MoE layers.
+            payload_bytes: bytes of a row that are hidden state; the rest is metadata.
+        """
+        width = rows_NB.shape[1]
+        received = rows_NB.new_empty((sum(receive_counts), width))
+        dist.all_to_all_single(received, rows_NB, list(receive_counts), list(send_counts))
+        metrics = self.metrics
+        row_counts = metrics.rows[kind][layer]
+        row_counts += send_counts
+        row_counts[self.rank] -= send_counts[self.rank]
+        remote = sum(send_counts) - send_counts[self.rank]
+        metrics.messages[kind] += 1
+        metrics.num_bytes["payload"] += remote * payload_bytes
+        metrics.num_bytes["metadata"] += remote * (width - payload_bytes)
+        return received
+
+    def exchange_counts(self, counts: Sequence[int]) -> list[int]:
+        """One number to each rank, one from each."""
+        sent = torch.tensor(counts, device=self.device)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        self._count("counts", (self.num_ranks - 1) * sent.element_size())
+        return received.tolist()
+
+    def share_counts(self, counts: Sequence[int]) -> list[list[int]]:
+        """The numbers of every rank, by rank. An all-to-all of copies: gloo's gather is slower."""
+        sent = torch.tensor(counts, device=self.device).repeat(self.num_ranks)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        self._count("counts", (self.num_ranks - 1) * len(counts) * sent.element_size())
+        shared: list[list[int]] = received.view(self.num_ranks, len(counts)).tolist()
+        return shared
+
+    def exchange_bytes(
+        self, content: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
+    ) -> torch.Tensor:
+        """Bytes of any meaning, sorted by destination; the caller counts them by kind."""
+        received = content.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(received, content, list(receive_sizes), list(send_sizes))
+        self.metrics.messages["share"] += 1
+        return received
+
+    def _count(self, kind: str, num_bytes: int) -> None:
+        self.metrics.messages[kind] += 1
+        self.metrics.num_bytes[kind] += num_bytes
