@@ -6,33 +6,32 @@ each as a part next to the output. When all are done, rank 0 joins the parts.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import torch
 
 from exflow.assets import resolve_model
+from exflow.corpus import find_shards, read_documents
 from exflow.profiling.batches import Batch, Budget, TokenizedText, make_batches
-from exflow.profiling.checkpoint import fingerprint, load_model, load_tokenizer
+from exflow.profiling.checkpoint import choose_device, fingerprint, load_model, load_tokenizer
 from exflow.profiling.parts import PartsFolder
-from exflow.profiling.passes import Mode, RecordedTokens, run_decode, run_teacher_forced
+from exflow.profiling.passes import Mode, run_decode, run_teacher_forced
 from exflow.profiling.recorder import RoutingRecorder
+from exflow.runtime.ranks import Ranks
 from placement.errors import UserError
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_SUBSETS = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODES: tuple[Mode, ...] = ("teacher-forced", "decode")
-
-logger = logging.getLogger(__name__)
 
 
 class ProfileError(UserError):
@@ -92,10 +91,8 @@ def profile(
     output: Path,
     *,
     options: ProfileOptions,
-    device: str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    agree: Callable[[UserError | None], None] | None = None,
+    device: str = "auto",
+    ranks: Ranks | None = None,
 ) -> RoutingTrace | None:
     """Records the routing of a corpus and writes it to `output`.
 
@@ -104,82 +101,87 @@ def profile(
         corpus: Files, folders or globs of Pile-format shards.
         output: The trace to write; parts are kept in `<output>.parts` until it is whole.
         options: What to record.
-        device: Where the model runs.
-        rank: This process.
-        world_size: Processes that share the work.
-        agree: Waits for all ranks and raises on each if any met an error.
+        device: Where the model runs: "auto", "cpu", "cuda" or "cuda:N".
+        ranks: The processes that share the work, as torchrun tells if None.
 
     Returns:
         The trace on rank 0, None on the others.
 
     Raises:
-        UserError: What is wrong with the model, the corpus, the options or the parts.
+        UserError: What is wrong with the model, the corpus, the options or the parts; on all ranks.
     """
-    parts = PartsFolder(output)
-    error: UserError | None = None
-    num_batches = 0
-    try:
-        num_batches = _record_share(
-            model_name, corpus, parts, options=options, device=device, rank=rank, world=world_size
-        )
-    except UserError as caught:
-        error = caught
-    if agree is not None:
-        agree(error)
-    if error is not None:
-        raise error
-    if rank != 0:
-        return None
-    trace = parts.merge(num_batches)
-    trace.save(output)
-    parts.remove()
-    return trace
+    ranks = ranks or Ranks.from_environment()
+    here = torch.device("cpu")
+    with ranks.connected(here):
+        with ranks.agreeing(here):
+            run = _open(
+                model_name, corpus, output, options, choose_device(device, ranks.local_rank)
+            )
+        with ranks.agreeing(here):
+            num_batches = _record_share(run, ranks)
+        if not ranks.is_first:
+            return None
+        trace = run.parts.merge(num_batches)
+        trace.save(output)
+        run.parts.remove()
+        return trace
 
 
-def _record_share(
-    model_name: str,
-    corpus: Sequence[str],
-    parts: PartsFolder,
-    *,
-    options: ProfileOptions,
-    device: str,
-    rank: int,
-    world: int,
-) -> int:
-    """Records this rank's batches that are not finished yet; the number of all batches."""
-    from exflow.corpus import find_shards
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """All that recording needs, checked and open."""
 
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    shards: Sequence[Path]
+    recorder: RoutingRecorder
+    parts: PartsFolder
+    options: ProfileOptions
+
+
+def _open(
+    model_name: str, corpus: Sequence[str], output: Path, options: ProfileOptions, device: str
+) -> _Run:
     folder = resolve_model(model_name)
-    shards = find_shards(corpus)
-    tokenizer = load_tokenizer(folder)
     model = load_model(folder, device=device, dtype=options.dtype)
-    recorder = RoutingRecorder(model)
-    parts.open(_manifest(model_name, folder, shards, options))
+    run = _Run(
+        name=_short_name(model_name),
+        model=model,
+        tokenizer=load_tokenizer(folder),
+        shards=find_shards(corpus),
+        recorder=RoutingRecorder(model),
+        parts=PartsFolder(output),
+        options=options,
+    )
+    run.parts.open(_manifest(run, fingerprint(folder)))
+    return run
+
+
+def _record_share(run: _Run, ranks: Ranks) -> int:
+    """Records this rank's batches that are not finished yet; the number of all batches."""
     num_batches = 0
-    with recorder, _progress(options, world, show=rank == 0) as progress:
-        for batch in make_batches(_texts(shards, tokenizer, options), options.batch_size):
+    with run.recorder, _progress(run.options, ranks) as progress:
+        for batch in make_batches(_texts(run), run.options.batch_size):
             num_batches += 1
-            if batch.number % world != rank:
+            if batch.number % ranks.num_ranks != ranks.rank:
                 continue
-            if not parts.has(batch.number):
-                recorded = _run(model, recorder, batch, options)
-                parts.save(batch.number, _trace(batch, recorded, recorder, model_name, options))
-            progress.update(sum(_cost(text, options) for text in batch.texts))
+            if not run.parts.has(batch.number):
+                run.parts.save(batch.number, _record(run, batch))
+            progress.update(sum(_cost(text, run.options) for text in batch.texts))
     if num_batches == 0:
-        only = f" in the subsets {', '.join(options.subsets)}" if options.subsets else ""
-        msg = f"no text to profile in {', '.join(corpus)}{only}"
+        names = ", ".join(str(shard) for shard in run.shards)
+        only = f" of the subsets {', '.join(run.options.subsets)}" if run.options.subsets else ""
+        msg = f"no text{only} to profile in {names}"
         raise ProfileError(msg)
     return num_batches
 
 
-def _texts(
-    shards: Sequence[Path], tokenizer: PreTrainedTokenizerBase, options: ProfileOptions
-) -> Iterator[TokenizedText]:
+def _texts(run: _Run) -> Iterator[TokenizedText]:
     """The texts to run, the same on every rank: whole documents until the budget is spent."""
-    from exflow.corpus import read_documents
-
+    options = run.options
     documents = read_documents(
-        shards, subsets=options.subsets or None, skip_bad_lines=options.skip_bad_lines
+        run.shards, subsets=options.subsets or None, skip_bad_lines=options.skip_bad_lines
     )
     budget = Budget(total=options.tokens, per_subset=options.tokens_per_subset)
     for document in documents:
@@ -188,7 +190,7 @@ def _texts(
         left = budget.left(document.subset)
         if left == 0:
             continue
-        token_ids = tokenizer(
+        token_ids = run.tokenizer(
             document.text, truncation=True, max_length=options.tokens_read
         ).input_ids
         text = TokenizedText(
@@ -206,22 +208,12 @@ def _cost(text: TokenizedText, options: ProfileOptions) -> int:
     return options.new_tokens if options.mode == "decode" else len(text.token_ids)
 
 
-def _run(
-    model: PreTrainedModel, recorder: RoutingRecorder, batch: Batch, options: ProfileOptions
-) -> RecordedTokens:
-    if options.mode == "decode":
-        return run_decode(model, recorder, batch, new_tokens=options.new_tokens)
-    return run_teacher_forced(model, recorder, batch)
-
-
-def _trace(
-    batch: Batch,
-    recorded: RecordedTokens,
-    recorder: RoutingRecorder,
-    model_name: str,
-    options: ProfileOptions,
-) -> RoutingTrace | None:
-    """A batch's part of the trace; None if it recorded no token."""
+def _record(run: _Run, batch: Batch) -> RoutingTrace | None:
+    """Runs a batch: its part of the trace, None if it recorded no token."""
+    if run.options.mode == "decode":
+        recorded = run_decode(run.model, run.recorder, batch, new_tokens=run.options.new_tokens)
+    else:
+        recorded = run_teacher_forced(run.model, run.recorder, batch)
     if len(recorded.text) == 0:
         return None
     domains = tuple(sorted({text.subset for text in batch.texts}))
@@ -230,14 +222,14 @@ def _trace(
     return RoutingTrace(
         expert_ids=recorded.expert_ids,
         sequence_ids=sequence_of_text[recorded.text],
-        num_experts=recorder.num_experts,
-        model=_short_name(model_name),
-        layer_ids=recorder.layer_ids,
+        num_experts=run.recorder.num_experts,
+        model=run.name,
+        layer_ids=run.recorder.layer_ids,
         positions=recorded.positions,
         expert_weights=recorded.expert_weights,
         domain_ids=domain_of_text[recorded.text],
         domains=domains,
-        phase=options.mode,
+        phase=run.options.mode,
     )
 
 
@@ -247,69 +239,24 @@ def _short_name(model_name: str) -> str:
     return path.resolve().name if path.exists() else model_name
 
 
-def _manifest(
-    model_name: str, folder: str, shards: Sequence[Path], options: ProfileOptions
-) -> dict[str, Any]:
+def _manifest(run: _Run, checkpoint: list[list[Any]]) -> dict[str, Any]:
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(run.options).items()
+    }
+    corpus = [[shard.name, shard.stat().st_size] for shard in run.shards]
     return {
         "format": "exflow.parts/1",
-        "model": _short_name(model_name),
-        "checkpoint": fingerprint(folder),
-        "corpus": [[shard.name, shard.stat().st_size] for shard in shards],
-        **{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()},
+        "model": run.name,
+        "checkpoint": checkpoint,
+        "corpus": corpus,
+        **options,
     }
 
 
-def _progress(options: ProfileOptions, world: int, *, show: bool) -> tqdm[NoReturn]:
+def _progress(options: ProfileOptions, ranks: Ranks) -> tqdm[NoReturn]:
     """A bar over this rank's share of tokens: on rank 0, and only on a terminal."""
     from tqdm import tqdm
 
-    total = options.tokens // world if options.tokens else None
-    return tqdm(total=total, unit="token", desc="profile", disable=None if show else True)
-
-
-def profile_here(
-    model_name: str, corpus: Sequence[str], output: Path, *, options: ProfileOptions, device: str
-) -> RoutingTrace | None:
-    """Profiles with the processes that torchrun started, or alone: `profile` with this rank."""
-    import os
-
-    import torch.distributed as dist
-
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-
-    def agree(error: UserError | None) -> None:
-        from datetime import timedelta
-
-        if world == 1:
-            return
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=30))
-        errors: list[str | None] = [None] * world
-        dist.all_gather_object(errors, None if error is None else str(error))
-        if error is None and any(errors):
-            raise ProfileError(next(e for e in errors if e))
-
-    from exflow.profiling.checkpoint import choose_device
-
-    trace = profile(
-        model_name,
-        corpus,
-        output,
-        options=options,
-        device=choose_device(device, local_rank),
-        rank=rank,
-        world_size=world,
-        agree=agree,
-    )
-    if trace is not None:
-        logger.info(
-            "%s: %d tokens of %d documents, %d MoE layers, top-%d of %d experts",
-            output,
-            trace.num_tokens,
-            trace.num_sequences,
-            trace.num_layers,
-            trace.top_k,
-            trace.num_experts,
-        )
-    return trace
+    total = options.tokens // ranks.num_ranks if options.tokens else None
+    return tqdm(total=total, unit="token", desc="profile", disable=None if ranks.is_first else True)

@@ -47,7 +47,8 @@ def profile(
     Works for any transformers MoE causal language model. Start it with torchrun to share the work
     between processes. A run that was killed takes up where it stopped when it is started again.
     """
-    from exflow.profile import ProfileOptions, profile_here
+    from exflow.profile import ProfileOptions
+    from exflow.profile import profile as record
 
     options = ProfileOptions(
         mode=mode,  # type: ignore[arg-type]  # checked by ProfileOptions
@@ -61,4 +62,9 @@ def profile(
         dtype=dtype,
         skip_bad_lines=skip_bad_lines,
     )
-    profile_here(model, corpus, output, options=options, device=device)
+    trace = record(model, corpus, output, options=options, device=device)
+    if trace is not None:
+        typer.echo(
+            f"{output}: {trace.num_tokens} tokens of {trace.num_sequences} documents, "
+            f"{trace.num_layers} MoE layers, top-{trace.top_k} of {trace.num_experts} experts"
+        )

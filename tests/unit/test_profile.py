@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,8 +249,8 @@ def test_a_trace_names_the_documents_and_subsets_of_its_tokens(checkpoint, corpu
     output = tmp_path / "trace.safetensors"
     profile(checkpoint, [corpus], output, options=ProfileOptions(max_length=16, batch_size=4))
     trace = RoutingTrace.load(output)
-    with open(corpus, encoding="utf-8") as lines:
-        documents = [json.loads(line)["text"] for line in lines]
+    lines = Path(corpus).read_text(encoding="utf-8").splitlines()
+    documents = [json.loads(line)["text"] for line in lines]
     lengths = np.bincount(trace.sequence_ids, minlength=20)
     assert lengths.tolist() == [min(16, len(text)) for text in documents]
     np.testing.assert_array_equal(trace.domain_ids, trace.sequence_ids % 2)
@@ -268,10 +269,6 @@ def test_budgets_are_met_exactly(checkpoint, corpus, tmp_path):
     assert trace.num_tokens == 30
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_is_taken_up_again(checkpoint, corpus, tmp_path, monkeypatch):
     output, options = tmp_path / "trace.safetensors", ProfileOptions(batch_size=4)
     whole = profile(checkpoint, [corpus], tmp_path / "whole.safetensors", options=options)
@@ -279,12 +276,12 @@ def test_a_killed_run_is_taken_up_again(checkpoint, corpus, tmp_path, monkeypatc
 
     def run_two(model, recorder, batch):
         if len(ran) == 2:
-            raise Killed
+            raise KeyboardInterrupt
         ran.append(batch.number)
         return run_teacher_forced(model, recorder, batch)
 
     monkeypatch.setattr("exflow.profile.run_teacher_forced", run_two)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         profile(checkpoint, [corpus], output, options=options)
     assert not output.exists()
 
@@ -306,7 +303,7 @@ def test_mistakes_are_named(checkpoint, corpus, tmp_path):
         ProfileOptions(mode="sampled")
     with pytest.raises(ProfileError, match="batch-size must be at least 1"):
         ProfileOptions(batch_size=0)
-    with pytest.raises(ProfileError, match="no text to profile .* subsets C"):
+    with pytest.raises(ProfileError, match=r"no text to profile .* subsets C"):
         profile(checkpoint, [corpus], output, options=ProfileOptions(subsets=("C",)))
     with pytest.raises(CheckpointError, match="no model 'nothing'"):
         profile("nothing", [corpus], output, options=ProfileOptions())
