@@ -21,6 +21,10 @@ COMMANDS = {
     "affinity": "placement.commands.affinity",
     "place": "placement.commands.place",
     "simulate": "placement.commands.simulate",
+    "import": "placement.commands.import_trace",
+    "export": "placement.commands.export",
+    "lint": "placement.commands.lint",
+    "verify": "placement.commands.verify",
 }
 
 USER_ERROR_EXIT = 2

@@ -1,0 +1,150 @@
+"""TensorRT-LLM: the folder of `EXPERT_STATISTIC_PATH`, or the routing of single requests (.npy).
+
+* `meta_info.json`: `num_experts`, `num_experts_per_token`.
+* `rank{r}_raw.safetensors`: `"{iteration}_{layer}"` -> (tokens, top_k) logical experts.
+* `rank{r}.safetensors`: `"{iteration}_{layer}"` -> (experts,) counts: loads only.
+* .npy: `CompletionOutput.routed_experts` of a request, (tokens - 1, MoE layers, top_k).
+
+The folder names no requests: an iteration of a rank counts as one sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from placement.interop.counts import trace_of_counts
+from placement.interop.errors import RecordError
+from placement.interop.request_files import load_npy
+from placement.interop.trace_parts import Request, TraceParts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from placement.interop.model_shape import ModelShape
+    from placement.interop.trace_parts import Phase
+    from placement.trace import RoutingTrace
+
+    Statistic = dict[tuple[int, int], NDArray[Any]]
+
+KEY = re.compile(r"(\d+)_(\d+)$")
+RANK = re.compile(r"rank(\d+)(_raw)?\.safetensors$")
+
+
+def read(paths: Sequence[Path], shape: ModelShape, *, phase: Phase = "all") -> RoutingTrace:
+    """A trace of one statistics folder or of .npy files.
+
+    Raises:
+        RecordError: naming the file.
+    """
+    if all(path.suffix == ".npy" for path in paths):
+        parts = TraceParts(shape=shape, phase=phase, source="TensorRT-LLM routed_experts")
+        for path in paths:
+            parts.add(Request(name=str(path), expert_ids=load_npy(path)))
+        return parts.build()
+    if len(paths) != 1 or not paths[0].is_dir():
+        msg = f"{paths[0]}: expected one statistics folder (EXPERT_STATISTIC_PATH) or .npy files"
+        raise RecordError(msg)
+    if phase != "all":
+        msg = f"a statistics folder does not tell prefill from decode; drop --phase {phase}"
+        raise RecordError(msg)
+    return _read_folder(paths[0], shape)
+
+
+def _read_folder(folder: Path, shape: ModelShape) -> RoutingTrace:
+    shape = _with_meta(folder, shape)
+    raw, counts = _files(folder, raw=True), _files(folder, raw=False)
+    if raw:
+        return _read_raw(raw, counts, shape)
+    if not counts:
+        msg = f"{folder}: no rank*.safetensors; was EXPERT_STATISTIC_ITER_RANGE reached?"
+        raise RecordError(msg)
+    layers = sorted({layer for file in counts.values() for _, layer in _load(file)})
+    load = np.zeros((len(layers), shape.need_experts()))
+    for file in counts.values():
+        for (_, layer), count in _load(file).items():
+            load[layers.index(layer)] += count
+    shape = shape.override(moe_layers=shape.moe_layers or tuple(layers))
+    return trace_of_counts(load, shape, source="TensorRT-LLM expert statistic")
+
+
+def _with_meta(folder: Path, shape: ModelShape) -> ModelShape:
+    file = folder / "meta_info.json"
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        experts, top_k = int(meta["num_experts"]), int(meta["num_experts_per_token"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        msg = f"{file}: not a TensorRT-LLM meta_info.json: {error!r}"
+        raise RecordError(msg) from error
+    if shape.num_experts not in {None, experts}:
+        msg = f"{file}: {experts} experts, the model has {shape.num_experts}"
+        raise RecordError(msg)
+    return shape.override(num_experts=experts, top_k=top_k)
+
+
+def _files(folder: Path, *, raw: bool) -> dict[int, Path]:
+    """Statistics files by rank."""
+    matches = ((file, RANK.match(file.name)) for file in folder.iterdir())
+    found = {int(m[1]): file for file, m in matches if m and bool(m[2]) == raw}
+    return dict(sorted(found.items()))
+
+
+def _load(path: Path) -> Statistic:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        msg = f"{path}: not a statistics file: {error}"
+        raise RecordError(msg) from error
+    keys = {name: KEY.match(name) for name in tensors}
+    unknown = [name for name, match in keys.items() if match is None]
+    if unknown:
+        msg = f"{path}: tensor {unknown[0]!r} is not named iteration_layer"
+        raise RecordError(msg)
+    return {(int(m[1]), int(m[2])): tensors[name] for name, m in keys.items() if m}
+
+
+def _read_raw(raw: dict[int, Path], counts: dict[int, Path], shape: ModelShape) -> RoutingTrace:
+    parts: TraceParts | None = None
+    for rank, file in raw.items():
+        chosen = _load(file)
+        counted = _load(counts[rank]) if rank in counts else {}
+        layers = tuple(sorted({layer for _, layer in chosen}))
+        if parts is None:
+            shape = shape.override(moe_layers=shape.moe_layers or layers)
+            parts = TraceParts(shape=shape, source="TensorRT-LLM expert statistic")
+        for iteration in sorted({iteration for iteration, _ in chosen}):
+            name = f"{file}, iteration {iteration}"
+            _check_complete(name, iteration, chosen, counted)
+            parts.add(_request(name, [chosen.get((iteration, layer)) for layer in layers]))
+    assert parts is not None
+    return parts.build()
+
+
+def _request(name: str, layers: list[NDArray[Any] | None]) -> Request:
+    shapes = {None if layer is None else layer.shape for layer in layers}
+    if len(shapes) != 1:
+        msg = f"{name}: the layers have different tokens {shapes}; one pass routed them in pieces"
+        raise RecordError(msg)
+    return Request(
+        name=name, expert_ids=np.stack([layer for layer in layers if layer is not None], axis=1)
+    )
+
+
+def _check_complete(name: str, iteration: int, chosen: Statistic, counted: Statistic) -> None:
+    """A later piece of a pass replaces the raw record of an earlier one, but adds to the counts."""
+    for (at, layer), count in counted.items():
+        if at == iteration and int(count.sum()) != chosen[at, layer].size:
+            msg = (
+                f"{name}, layer {layer}: {int(count.sum())} expert choices were counted, "
+                f"{chosen[at, layer].size} recorded; record with a larger moe max_num_tokens, so "
+                f"that a pass is not cut in pieces"
+            )
+            raise RecordError(msg)
