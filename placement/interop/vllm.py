@@ -1,6 +1,6 @@
-"""vLLM: plans for our plug-in, and in the form of the open pull requests that load a file.
+"""vLLM: plans in the form of the open pull requests that load a file.
 
-vLLM 0.33 loads no placement file; `exflow.vllm_plugin` serves a plan as its EPLB policy. The forms:
+vLLM 0.33 loads none; there `exflow.vllm_plugin` serves the plan itself as the EPLB policy. The forms:
 `vllm`: rows of P experts, one a MoE layer (#49572 `initial_expert_map_path`, #53022);
 `vllm-41141`: a record of a JSON Lines file (`initial_mapping_path`);
 `vllm-34811`: one rank an expert, the same for all layers (`--expert-placement-file`).
@@ -83,9 +83,11 @@ def usage(plan: PlacementPlan, shape: ModelShape, path: Path) -> list[str]:
     redundant = len(to_rows(plan)[0]) - plan.num_experts
     config = {"num_redundant_experts": redundant, "step_interval": 200, "window_size": 100}
     return [
-        f"EXFLOW_PLAN={path} vllm serve MODEL --enable-expert-parallel --enable-eplb "
-        f"--eplb-config '{json.dumps(config)}'",
-        f"on {plan.num_ranks} expert-parallel ranks; the plan is in force after 3/4 of step_interval",
+        f"with vLLM 0.33, the plan itself: EXFLOW_PLAN=plan.json vllm serve MODEL "
+        f"--enable-expert-parallel --enable-eplb --eplb-config '{json.dumps(config)}'",
+        f"on {plan.num_ranks} expert-parallel ranks; in force after 3/4 of step_interval",
+        f"{path} is for --eplb-config initial_expert_map_path (vllm #49572) or expert_map_path "
+        f"(#53022), not merged",
     ]
 
 
