@@ -12,6 +12,7 @@ from exflow import __version__
 COMMANDS = {
     "sample-corpus": "exflow.commands.sample_corpus",
     "profile": "exflow.commands.profile",
+    "record": "exflow.commands.record",
     **placement.cli.COMMANDS,
     "run": "exflow.commands.run",
     "report": "exflow.commands.report",
