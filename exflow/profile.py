@@ -2,6 +2,9 @@
 
 Every rank reads the corpus and makes the same batches; it runs those that are its own, and keeps
 each as a part next to the output. When all are done, rank 0 joins the parts.
+
+The trace does not depend on the number of ranks, nor on interruptions. Another batch size rounds
+differently: the last bit of gate weights, and the choice where two experts are as good as tied.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from placement.errors import UserError
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,6 +95,7 @@ def profile(
     *,
     options: ProfileOptions,
     device: str = "auto",
+    overwrite: bool = False,
     ranks: Ranks | None = None,
 ) -> RoutingTrace | None:
     """Records the routing of a corpus and writes it to `output`.
@@ -102,6 +106,7 @@ def profile(
         output: The trace to write; parts are kept in `<output>.parts` until it is whole.
         options: What to record.
         device: Where the model runs: "auto", "cpu", "cuda" or "cuda:N".
+        overwrite: Replace the output if it is there, and parts of a run with other arguments.
         ranks: The processes that share the work, as torchrun tells if None.
 
     Returns:
@@ -114,10 +119,14 @@ def profile(
     here = torch.device("cpu")
     with ranks.connected(here):
         with ranks.agreeing(here):
+            _check_output(output, overwrite=overwrite)
             run = _open(
                 model_name, corpus, output, options, choose_device(device, ranks.local_rank)
             )
+            if ranks.is_first:
+                run.parts.open(run.manifest, overwrite=overwrite)
         with ranks.agreeing(here):
+            run.parts.open(run.manifest)
             num_batches = _record_share(run, ranks)
         if not ranks.is_first:
             return None
@@ -138,6 +147,13 @@ class _Run:
     recorder: RoutingRecorder
     parts: PartsFolder
     options: ProfileOptions
+    manifest: Mapping[str, Any]
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        msg = f"{output} is there already; give --overwrite to replace it, or another -o"
+        raise ProfileError(msg)
 
 
 def _open(
@@ -145,17 +161,18 @@ def _open(
 ) -> _Run:
     folder = resolve_model(model_name)
     model = load_model(folder, device=device, dtype=options.dtype)
-    run = _Run(
-        name=_short_name(model_name),
+    shards = find_shards(corpus)
+    name = _short_name(model_name)
+    return _Run(
+        name=name,
         model=model,
         tokenizer=load_tokenizer(folder),
-        shards=find_shards(corpus),
+        shards=shards,
         recorder=RoutingRecorder(model),
         parts=PartsFolder(output),
         options=options,
+        manifest=_manifest(name, fingerprint(folder), shards, options),
     )
-    run.parts.open(_manifest(run, fingerprint(folder)))
-    return run
 
 
 def _record_share(run: _Run, ranks: Ranks) -> int:
@@ -239,18 +256,15 @@ def _short_name(model_name: str) -> str:
     return path.resolve().name if path.exists() else model_name
 
 
-def _manifest(run: _Run, checkpoint: list[list[Any]]) -> dict[str, Any]:
-    options = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(run.options).items()
-    }
-    corpus = [[shard.name, shard.stat().st_size] for shard in run.shards]
+def _manifest(
+    name: str, checkpoint: list[list[Any]], shards: Sequence[Path], options: ProfileOptions
+) -> dict[str, Any]:
     return {
         "format": "exflow.parts/1",
-        "model": run.name,
+        "model": name,
         "checkpoint": checkpoint,
-        "corpus": corpus,
-        **options,
+        "corpus": [[shard.name, shard.stat().st_size] for shard in shards],
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
     }
 
 

@@ -38,6 +38,9 @@ def profile(
         str, typer.Option(help="auto, float32, bfloat16 or float16.", show_default=True)
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output if it is there.")
+    ] = False,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Count unreadable lines and pass over them.")
     ] = False,
@@ -62,7 +65,7 @@ def profile(
         dtype=dtype,
         skip_bad_lines=skip_bad_lines,
     )
-    trace = record(model, corpus, output, options=options, device=device)
+    trace = record(model, corpus, output, options=options, device=device, overwrite=overwrite)
     if trace is not None:
         typer.echo(
             f"{output}: {trace.num_tokens} tokens of {trace.num_sequences} documents, "

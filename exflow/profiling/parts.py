@@ -38,16 +38,19 @@ class PartsFolder:
         self.output = output
         self.folder = output.with_name(output.name + ".parts")
 
-    def open(self, manifest: Mapping[str, Any]) -> None:
-        """Starts a run or takes one up again.
+    def open(self, manifest: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Starts a run or takes one up again; with `overwrite`, in place of any other run.
 
         Raises:
             PartsError: if the folder holds the parts of a run with other arguments.
         """
         path = self.folder / "manifest.json"
         if path.is_file():
-            self._check(json.loads(path.read_text(encoding="utf-8")), manifest)
-            return
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not overwrite or found == manifest:
+                self._check(found, manifest)
+                return
+            self.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"manifest.{os.getpid()}.partial"
         partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -60,7 +63,7 @@ class PartsFolder:
             msg = (
                 f"{self.folder} holds an unfinished run with other arguments: {name} was "
                 f"{found.get(name)!r}, now {manifest[name]!r}; give the same arguments to finish "
-                f"it, another output file, or delete the folder to start again"
+                f"it, --overwrite to start again, or another output file"
             )
             raise PartsError(msg)
 
