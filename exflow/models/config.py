@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exflow.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Frequencies that do not change with the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exflow.models.config import common_fields
 from exflow.models.definition import DecoderDefinition
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def define(config: Any, folder: Path, name: str) -> DecoderDefinition:

@@ -174,7 +174,11 @@ class PrefillAttention:
         addresses_T = self._addresses_T + layer * self._cache.num_tokens
         self._cache.write(addresses_T, entries_TF)
         self.written.append((addresses_T, entries_TF))
-        parts = zip(query_THE.split(self._lengths), entries_TF.split(self._lengths), strict=True)
+        parts = zip(
+            torch.split(query_THE, self._lengths),
+            torch.split(entries_TF, self._lengths),
+            strict=True,
+        )
         found = [self._attend_prompt(query, entries) for query, entries in parts]
         return torch.cat(found) if found else query_THE.flatten(1)
 

@@ -36,6 +36,8 @@ class Decoder:
         self, layer: int, hidden_TD: torch.Tensor, slots_T: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
         """The residual stream after a layer's attention."""
+        if len(hidden_TD) == 0:
+            return hidden_TD
         weights, definition = self.weights.layers[layer], self.definition
         normed_TD = self._norm(hidden_TD, weights.input_norm)
         projected = _linear(normed_TD, weights.qkv, weights.qkv_bias)
@@ -90,7 +92,7 @@ class Decoder:
         if definition.qk_norm == "head":
             normed = functional.rms_norm(heads, heads.shape[-1:], eps=definition.norm_eps)
             return normed * weights.qk_norm
-        sections = heads.split([definition.num_heads, definition.num_kv_heads], dim=1)
+        sections = torch.split(heads, [definition.num_heads, definition.num_kv_heads], dim=1)
         parts = [
             functional.rms_norm(part, part.shape[1:], eps=definition.norm_eps) for part in sections
         ]

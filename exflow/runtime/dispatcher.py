@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from exflow.runtime.rows import RowFormat
 from exflow.runtime.tables import order_by_rank, ranks_that_run
 from placement.traffic import next_owner
 
 if TYPE_CHECKING:
+    from exflow.runtime.rows import RowFormat
     from exflow.runtime.tables import PlacementTables
     from exflow.runtime.wire import Wire
 
@@ -181,8 +181,7 @@ class CoherentDispatcher:
 
     @property
     def has_combine(self) -> bool:
-        """Whether partial sums travel. With one expert a token and one domain the expert's rank
-        is the next owner."""
+        """Whether partial sums travel: not with one expert a token and one domain."""
         return self.tables.top_k > 1 or self.num_domains > 1
 
     def dispatch(

@@ -29,11 +29,13 @@ class Ranks:
         rank: its number, from 0.
         num_ranks: how many there are.
         local_rank: its number on its node.
+        ranks_per_node: how many ranks each node has.
     """
 
     rank: int = 0
     num_ranks: int = 1
     local_rank: int = 0
+    ranks_per_node: int = 1
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -42,15 +44,20 @@ class Ranks:
         Raises:
             UserError: the variables are not whole numbers.
         """
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         try:
-            return cls(
-                rank=int(os.environ.get("RANK", "0")),
-                num_ranks=int(os.environ.get("WORLD_SIZE", "1")),
-                local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            rank, num_ranks, local_rank, ranks_per_node = (
+                int(os.environ.get(name, default)) for name, default in defaults.items()
             )
         except ValueError as error:
-            msg = f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}; use torchrun"
+            msg = f"{', '.join(defaults)} must be whole numbers: {error}; start it with torchrun"
             raise UserError(msg) from error
+        return cls(
+            rank=rank,
+            num_ranks=num_ranks,
+            local_rank=local_rank,
+            ranks_per_node=ranks_per_node if num_ranks % ranks_per_node == 0 else num_ranks,
+        )
 
     @property
     def is_first(self) -> bool:
@@ -93,7 +100,7 @@ class Ranks:
         sent = array.to(device).repeat(self.num_ranks)
         received = torch.empty(sum(sizes), dtype=array.dtype, device=device)
         dist.all_to_all_single(received, sent, sizes, [len(array)] * self.num_ranks)
-        return list(received.cpu().split(sizes))
+        return list(torch.split(received.cpu(), sizes))
 
     @contextlib.contextmanager
     def agreeing(self, device: torch.device) -> Iterator[None]:

@@ -6,7 +6,7 @@ tokens, K experts a token, M (token, layer) pairs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from exflow.models.definition import DecoderDefinition
     from exflow.runtime.ranks import Ranks
+
+Scalar = TypeVar("Scalar", np.int64, np.int16, np.float16)
 
 
 class DecodeRecorder:
@@ -50,9 +52,9 @@ class DecodeRecorder:
     def gather(self, ranks: Ranks, device: torch.device, *, source: str) -> RoutingTrace | None:
         """The whole job's trace, in order of request and position; None if nothing was decoded."""
         top_k, num_layers = self._definition.top_k, len(self._definition.moe_layer_ids)
-        keys = _gather(self._keys, np.int64, 3, ranks, device)
-        experts = _gather(self._experts, np.int16, top_k, ranks, device)
-        weights = _gather(self._weights, np.float16, top_k, ranks, device)
+        keys = _gather(self._keys, np.empty((0, 3), np.int64), ranks, device)
+        experts = _gather(self._experts, np.empty((0, top_k), np.int16), ranks, device)
+        weights = _gather(self._weights, np.empty((0, top_k), np.float16), ranks, device)
         if len(keys) == 0:
             return None
         order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
@@ -71,16 +73,12 @@ class DecodeRecorder:
 
 
 def _gather(
-    parts: list[NDArray[np.generic]]
-    | list[NDArray[np.int64]]
-    | list[NDArray[np.int16]]
-    | list[NDArray[np.float16]],
-    dtype: type[np.generic],
-    width: int,
+    parts: list[NDArray[Scalar]],
+    like: NDArray[Scalar],
     ranks: Ranks,
     device: torch.device,
-) -> NDArray[np.generic]:
-    mine = np.concatenate(parts) if parts else np.empty((0, width), dtype=dtype)
-    flat = torch.from_numpy(np.ascontiguousarray(mine, dtype=dtype).view(np.uint8).reshape(-1))
+) -> NDArray[Scalar]:
+    """The rows of all ranks; `like` has none, and their type and width."""
+    flat = torch.from_numpy(np.concatenate([like, *parts]).view(np.uint8).reshape(-1))
     gathered = torch.cat(ranks.gather_arrays(flat, device)).numpy()
-    return gathered.view(dtype).reshape(-1, width)
+    return gathered.view(like.dtype).reshape(-1, like.shape[1])

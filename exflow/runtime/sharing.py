@@ -84,7 +84,7 @@ def share(
     wire.metrics.num_bytes["tokens"] += num_token_bytes
     wire.metrics.num_bytes["kv_share"] += sum(send_sizes) - num_token_bytes
     pairs = [tokens]
-    for rank, part in enumerate(received.split(receive_sizes)):
+    for rank, part in enumerate(torch.split(received, receive_sizes)):
         num_tokens = sizes.tokens[rank] * TOKEN_BYTES
         pairs.append(part[:num_tokens].view(torch.int32).view(-1, 2))
         if len(part) > num_tokens:

@@ -15,7 +15,6 @@ import torch
 from exflow.runtime.attention import DecodeAttention, PrefillAttention, Rotary
 from exflow.runtime.dispatcher import Dispatcher, Tokens
 from exflow.runtime.forward import run_layers
-from exflow.runtime.metrics import PhaseMetrics
 from exflow.runtime.sampling import sample
 from exflow.runtime.sharing import Sizes, share
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from exflow.runtime.attention import Attention
     from exflow.runtime.decoder import Decoder
     from exflow.runtime.kv_cache import KvCache
-    from exflow.runtime.metrics import Phase
+    from exflow.runtime.metrics import Phase, PhaseMetrics
     from exflow.runtime.recorder import DecodeRecorder
     from exflow.runtime.requests import SamplingParams
     from exflow.runtime.scheduler import Flight

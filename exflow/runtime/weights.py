@@ -142,39 +142,49 @@ class _Reader:
         hidden = definition.hidden_size
         is_dense = experts is None
         router = (definition.num_experts, hidden)
+        qkv, qkv_bias = self._qkv(prefix + names.attention)
+        output, output_bias = self._output(prefix + names.attention)
         return LayerWeights(
             input_norm=self.read(prefix + names.input_norm, (hidden,)),
             post_norm=self.read(prefix + names.post_norm, (hidden,)),
-            **self._attention(prefix + names.attention),
+            qkv=qkv,
+            qkv_bias=qkv_bias,
+            qk_norm=self._qk_norm(prefix + names.attention),
+            output=output,
+            output_bias=output_bias,
             router=None if is_dense else self.read(prefix + names.router, router).t(),
             experts=None if experts is None else self._experts(prefix + names.experts, experts),
             dense=self._dense(prefix + names.dense) if is_dense else None,
         )
 
-    def _attention(self, prefix: str) -> dict[str, torch.Tensor | None]:
+    def _qkv(self, prefix: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The three projections side by side, and their biases."""
         definition = self.definition
-        hidden = definition.hidden_size
         queries = definition.num_heads * definition.head_dim
         keys = definition.num_kv_heads * definition.head_dim
         widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        weights = [self.read(f"{prefix}{n}.weight", (w, hidden)) for n, w in widths.items()]
-        attention: dict[str, torch.Tensor | None] = {
-            "qkv": torch.cat(weights).t(),
-            "output": self.read(f"{prefix}o_proj.weight", (hidden, queries)).t(),
-            "qkv_bias": None,
-            "output_bias": None,
-            "qk_norm": None,
-        }
-        if definition.attention_bias:
-            biases = [self.read(f"{prefix}{n}.bias", (w,)) for n, w in widths.items()]
-            attention["qkv_bias"] = torch.cat(biases)
-            attention["output_bias"] = self.read(f"{prefix}o_proj.bias", (hidden,))
-        if definition.qk_norm != "none":
-            attention["qk_norm"] = self._qk_norm(prefix)
-        return attention
+        weights = [
+            self.read(f"{prefix}{name}.weight", (width, definition.hidden_size))
+            for name, width in widths.items()
+        ]
+        qkv = torch.cat(weights).t()
+        if not definition.attention_bias:
+            return qkv, None
+        biases = [self.read(f"{prefix}{name}.bias", (width,)) for name, width in widths.items()]
+        return qkv, torch.cat(biases)
 
-    def _qk_norm(self, prefix: str) -> torch.Tensor:
+    def _output(self, prefix: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        definition = self.definition
+        queries = definition.num_heads * definition.head_dim
+        weight = self.read(f"{prefix}o_proj.weight", (definition.hidden_size, queries)).t()
+        if not definition.attention_bias:
+            return weight, None
+        return weight, self.read(f"{prefix}o_proj.bias", (definition.hidden_size,))
+
+    def _qk_norm(self, prefix: str) -> torch.Tensor | None:
         definition, size = self.definition, self.definition.head_dim
+        if definition.qk_norm == "none":
+            return None
         parts = []
         for name, heads in (("q", definition.num_heads), ("k", definition.num_kv_heads)):
             width = size if definition.qk_norm == "head" else heads * size

@@ -65,15 +65,16 @@ class Wire:
 
     def exchange_counts(self, counts: Sequence[int]) -> list[int]:
         """One number to each rank, one from each."""
-        sent = torch.tensor(counts, device=self.device)
+        sent = torch.tensor(counts, dtype=torch.int32, device=self.device)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
         self._count("counts", (self.num_ranks - 1) * sent.element_size())
-        return received.tolist()
+        received_counts: list[int] = received.tolist()
+        return received_counts
 
     def share_counts(self, counts: Sequence[int]) -> list[list[int]]:
         """The numbers of every rank, by rank. An all-to-all of copies: gloo's gather is slower."""
-        sent = torch.tensor(counts, device=self.device).repeat(self.num_ranks)
+        sent = torch.tensor(counts, dtype=torch.int32, device=self.device).repeat(self.num_ranks)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
         self._count("counts", (self.num_ranks - 1) * len(counts) * sent.element_size())

@@ -1,0 +1,87 @@
+"""Tiny random checkpoints saved by transformers, and what transformers makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    # Large enough that logits differ from token to token: ties would make greedy tokens a matter
+    # of rounding.
+    "initializer_range": 0.3,
+}
+ATTENTION = {"num_key_value_heads": 2, "head_dim": 16}
+
+
+def qwen3_moe(folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes: Any) -> Path:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"moe_intermediate_size": 32, "intermediate_size": 96}
+    config = Qwen3MoeConfig(**(SMALL | ATTENTION | sizes | changes))
+    return _save(Qwen3MoeForCausalLM, config, folder, max_shard_size, seed)
+
+
+def olmoe(folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes: Any) -> Path:
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    special = {"pad_token_id": 0, "eos_token_id": 1, "intermediate_size": 32}
+    config = OlmoeConfig(**(SMALL | special | {"clip_qkv": 1.5} | changes))
+    return _save(OlmoeForCausalLM, config, folder, max_shard_size, seed)
+
+
+def _save(model_class: Any, config: Any, folder: Path, max_shard_size: str, seed: int) -> Path:
+    import torch
+
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():  # norms and biases that do something
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computes for prompts: greedy tokens, and the logits they came from."""
+
+    tokens: list[list[int]]
+    logits: list[Any]
+
+
+def decode_with_transformers(folder: Path, prompts: list[list[int]], new_tokens: int) -> Reference:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens, logits = [], []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens.append(output.sequences[0, len(prompt) :].tolist())
+        logits.append(torch.cat(output.logits))
+    return Reference(tokens, logits)
+
+
+def make_prompts(lengths: list[int], *, vocab_size: int = 128, seed: int = 0) -> list[list[int]]:
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, vocab_size, length).tolist() for length in lengths]
