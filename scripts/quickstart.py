@@ -135,12 +135,12 @@ def decode(
     )
     lines = [json.loads(line) for line in outputs.read_text(encoding="utf-8").splitlines()]
     found = {line["id"]: line["token_ids"] for line in lines}
-    decoded = json.loads(metrics.read_text(encoding="utf-8"))["decode"]
+    measured = json.loads(metrics.read_text(encoding="utf-8"))
     return {
         "tokens_identical": found == expected,
-        "measured_equals_predicted": decoded["measured_equals_predicted"],
-        "rows_per_token": decoded["rows_per_token"]["total"],
-        "imbalance": decoded["imbalance"]["mean"],
+        "measured_equals_predicted": measured["measured_equals_predicted"],
+        "rows_per_token": measured["rows_per_token"]["total"],
+        "imbalance": measured["predicted"]["imbalance"]["mean"],
     }
 
 

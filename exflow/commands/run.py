@@ -23,6 +23,9 @@ def run(
         int | None, typer.Option(help="Ranks that share keys and values; default all.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after which a request ends.")] = 64,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after an end token.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Likeliest tokens with this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="So many likeliest tokens; 0 for all.")] = 0,
@@ -63,6 +66,7 @@ def run(
                 top_k=top_k,
                 seed=seed,
                 max_new_tokens=max_new_tokens,
+                ignore_eos=ignore_eos,
             ),
             dtype=dtype,
             device=device,

@@ -111,7 +111,7 @@ class Engine:
         limits = Limits.for_requests(
             requests,
             self._definition,
-            max_new_tokens=params.max_new_tokens,
+            params=params,
             batch_size=self._options.batch_size,
         )
         scheduler = Scheduler(requests, limits, domain_of_rank=self._steps.domain_of_rank)

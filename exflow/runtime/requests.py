@@ -24,6 +24,7 @@ class SamplingParams:
         top_p: only the likeliest tokens that together have this probability.
         seed: with the request's index it settles every random choice.
         max_new_tokens: tokens after which a request ends.
+        ignore_eos: go on after an end token, up to max_new_tokens.
     """
 
     temperature: float = 0.0
@@ -31,6 +32,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     max_new_tokens: int = 64
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         bounds = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from exflow.runtime.kv_cache import PagePool, pages_for
-from exflow.runtime.requests import Completion, FinishReason, Request
+from exflow.runtime.requests import Completion, FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,20 +43,22 @@ class Limits:
         requests: Iterable[Request],
         definition: DecoderDefinition,
         *,
-        max_new_tokens: int,
+        params: SamplingParams,
         batch_size: int,
     ) -> Limits:
         """Limits with pages enough for the `batch_size` longest requests in one domain."""
         max_positions = definition.max_positions
         needs = sorted(
-            pages_for(len(request.token_ids) + _new_tokens(request, max_new_tokens, max_positions))
+            pages_for(
+                len(request.token_ids) + _new_tokens(request, params.max_new_tokens, max_positions)
+            )
             for request in requests
             if len(request.token_ids) <= max_positions
         )
         return cls(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=params.max_new_tokens,
             max_positions=max_positions,
-            eos_token_ids=definition.eos_token_ids,
+            eos_token_ids=() if params.ignore_eos else definition.eos_token_ids,
             batch_size=batch_size,
             num_pages=max(1, sum(needs[-batch_size:])),
         )
