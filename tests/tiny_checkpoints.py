@@ -85,3 +85,15 @@ def make_prompts(lengths: list[int], *, vocab_size: int = 128, seed: int = 0) ->
 
     rng = np.random.default_rng(seed)
     return [rng.integers(2, vocab_size, length).tolist() for length in lengths]
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer with one token a byte; needs a vocabulary of 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

@@ -161,8 +161,10 @@ def prepare(job: Job, ranks: Ranks) -> Prepared:
         UserError: the model, the plan or the prompts cannot be used, or do not fit together.
     """
     device = torch.device(choose_device(job.device, ranks.local_rank))
-    folder = checkpoint_folder(resolve_model(job.model))
-    definition = define_model(folder, name=_model_name(job.model, folder))
+    resolved = resolve_model(job.model)
+    folder = checkpoint_folder(resolved)
+    is_local = Path(resolved).is_dir()
+    definition = define_model(folder, name=folder.resolve().name if is_local else job.model)
     plan = _linear_plan(definition, ranks) if job.plan is None else PlacementPlan.load(job.plan)
     plan.check_for(
         model=definition.name,
@@ -181,11 +183,6 @@ def prepare(job: Job, ranks: Ranks) -> Prepared:
         device=device,
         dtype=DTYPES[default if job.dtype == "auto" else job.dtype],
     )
-
-
-def _model_name(model: str, folder: Path) -> str:
-    """A local folder's last name, else the hub id: what traces carry too."""
-    return folder.resolve().name if Path(resolve_model(model)).is_dir() else model
 
 
 def _linear_plan(definition: DecoderDefinition, ranks: Ranks) -> PlacementPlan:

@@ -1,0 +1,154 @@
+"""The index arithmetic of dispatch and combine, and the local dispatcher as specification."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exflow.runtime.dispatcher import LocalDispatcher, Tokens
+from exflow.runtime.experts import run_experts
+from exflow.runtime.rows import RowFormat
+from exflow.runtime.sharing import Sizes
+from exflow.runtime.tables import PlacementTables, order_by_rank, ranks_that_run
+from exflow.runtime.weights import ExpertWeights
+from placement.plan import PlacementPlan, Strategy
+from placement.topology import Topology
+from placement.traffic import choose_ranks
+
+CPU = torch.device("cpu")
+
+
+def make_plan(slots, num_experts, *, num_nodes=1):
+    return PlacementPlan(
+        model="m",
+        num_experts=num_experts,
+        layer_ids=tuple(range(len(slots))),
+        topology=Topology(num_nodes=num_nodes, ranks_per_node=len(slots[0]) // num_nodes),
+        strategy=Strategy(name="test"),
+        slots=slots,
+    )
+
+
+def make_experts(num_slots, hidden=16, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return ExpertWeights(
+        gate_up=torch.randn(num_slots, hidden, 2 * size, generator=generator),
+        down=torch.randn(num_slots, size, hidden, generator=generator),
+    )
+
+
+def run_one_by_one(experts, hidden, slots, weights):
+    """Row by row, choice by choice."""
+    out = torch.zeros_like(hidden)
+    for row in range(len(hidden)):
+        for choice in range(slots.shape[1]):
+            slot = int(slots[row, choice])
+            if slot >= 0:
+                gate, up = (hidden[row] @ experts.gate_up[slot]).chunk(2)
+                inner = torch.nn.functional.silu(gate) * up
+                out[row] += weights[row, choice] * (inner @ experts.down[slot])
+    return out
+
+
+@given(st.data())
+def test_rows_are_laid_out_rank_by_rank(data):
+    num_rows, num_ranks = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 4))
+    wanted = np.array(
+        data.draw(
+            st.lists(st.booleans(), min_size=num_rows * num_ranks, max_size=num_rows * num_ranks)
+        ),
+        dtype=bool,
+    ).reshape(num_rows, num_ranks)
+    rows, counts = order_by_rank(torch.from_numpy(wanted))
+    expected = [[r for r in range(num_rows) if wanted[r, rank]] for rank in range(num_ranks)]
+    assert rows.tolist() == [row for part in expected for row in part]
+    assert counts == [len(part) for part in expected]
+
+
+def test_ranks_that_run_marks_each_rank_once():
+    assert ranks_that_run(torch.tensor([[2, 0, 2]]), 3).tolist() == [[True, False, True]]
+    assert ranks_that_run(torch.empty((0, 2), dtype=torch.int64), 3).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_owner", [False, True])
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_what_is_packed_into_rows_comes_out(dtype, has_owner, num_rows):
+    row_format = RowFormat(hidden_size=6, top_k=3, dtype=dtype, has_owner=has_owner)
+    hidden = torch.randn(num_rows, 6).to(dtype)
+    choices, weights = torch.randint(0, 9999, (num_rows, 3)), torch.rand(num_rows, 3)
+    owners = [torch.randint(0, 9999, (num_rows,)) for _ in range(2)] if has_owner else []
+    rows = row_format.pack(hidden, choices, weights, *owners)
+    assert rows.shape == (num_rows, row_format.payload_bytes + 4 * (6 + len(owners)))
+    assert torch.equal(row_format.hidden(rows), hidden)
+    assert torch.equal(row_format.choices(rows), choices)
+    assert torch.equal(row_format.weights(rows), weights)
+    if has_owner:
+        assert torch.equal(row_format.slots(rows), owners[0])
+        assert torch.equal(row_format.next_owners(rows), owners[1])
+
+
+def test_tables_choose_as_the_planner_does():
+    slots = (
+        ((0, 1), (2, 3), (4,), (5,)),
+        ((0, 1, 5), (1, 2, 3), (4, 0), (5, 2)),
+    )
+    plan = make_plan(slots, 6, num_nodes=2)
+    ids = torch.stack([torch.randperm(6)[:3] for _ in range(50)])
+    for rank in range(4):
+        tables = PlacementTables.from_plan(plan, rank, top_k=3, coherence_domain=None, device=CPU)
+        for layer in range(2):
+            hosts = torch.from_numpy(plan.hosts()[layer].astype(np.int64))
+            owner = torch.full((50,), rank)
+            ranks = choose_ranks(hosts, ids, owner, torch.tensor([0, 0, 1, 1]))
+            assert torch.equal(tables.choose(layer, ids), ranks * 6 + ids)
+            mine = tables.slot_of_choice[layer][rank * 6 + torch.arange(6)]
+            assert [e for e in range(6) if mine[e] >= 0] == sorted(slots[layer][rank])
+            assert all(slots[layer][rank][s] == e for e, s in enumerate(mine.tolist()) if s >= 0)
+
+
+@pytest.mark.parametrize(("num_rows", "top_k"), [(0, 2), (1, 1), (7, 3), (40, 2)])
+def test_grouped_experts_equal_experts_one_by_one(num_rows, top_k):
+    experts = make_experts(5)
+    generator = torch.Generator().manual_seed(num_rows)
+    hidden = torch.randn(num_rows, 16, generator=generator)
+    slots = torch.stack(
+        [torch.randperm(7, generator=generator)[:top_k] for _ in range(num_rows)]
+        or [torch.empty(top_k, dtype=torch.int64)]
+    )[:num_rows]
+    slots = torch.where(slots < 5, slots, -1)  # two of seven experts are elsewhere
+    weights = torch.rand(num_rows, top_k, generator=generator)
+    expected = run_one_by_one(experts, hidden, slots, weights)
+    assert torch.allclose(run_experts(experts, hidden, slots, weights), expected, atol=1e-5)
+
+
+def test_a_rank_without_experts_returns_zeros():
+    hidden = torch.randn(3, 16)
+    nothing = run_experts(make_experts(0), hidden, torch.full((3, 2), -1), torch.rand(3, 2))
+    assert torch.equal(nothing, torch.zeros(3, 16))
+
+
+def test_the_local_dispatcher_gives_rows_that_are_the_tokens():
+    plan = make_plan((((3, 0, 2, 1),),), 4)
+    tables = PlacementTables.from_plan(plan, 0, top_k=2, coherence_domain=None, device=CPU)
+    dispatcher = LocalDispatcher(tables=tables)
+    hidden, slots = torch.randn(3, 8), torch.arange(3)
+    tokens = Tokens(hidden=hidden, slots=slots, owned=(3,))
+    ids = torch.tensor([[0, 1], [2, 3], [3, 0]])
+    rows, record = dispatcher.dispatch(0, tokens, ids, torch.ones(3, 2))
+    assert torch.equal(rows.hidden, hidden)
+    assert rows.expert_slots.tolist() == [[1, 3], [2, 0], [0, 1]]
+    combined = dispatcher.combine(torch.ones(3, 8), record)
+    assert torch.equal(combined.hidden, hidden + 1)
+    assert torch.equal(combined.slots, slots)
+
+
+def test_entries_are_shared_inside_the_domain_and_tokens_with_all():
+    sizes = Sizes(
+        tokens=(2, 1, 0, 3), entries=(4, 2, 0, 6), entry_bytes=64, domain_of_rank=(0, 0, 1, 1)
+    )
+    assert sizes.between(0, 1) == 2 * 8 + 4 * (8 + 64)
+    assert sizes.between(0, 2) == 2 * 8
+    assert sizes.between(2, 3) == 0
+    assert sizes.between(3, 3) == 0
