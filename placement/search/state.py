@@ -1,0 +1,209 @@
+"""What a search works on, as plain arrays that compiled loops can take.
+
+Shapes: T tokens, L layers, K experts a token, E experts, W ranks, S slots a rank, C copies at most.
+Everything is layer-major, so that a loop over the tokens of one layer stays in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from placement.search.walk import route_all
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from placement.topology import Topology
+    from placement.trace import RoutingTrace
+
+EMPTY = -1
+
+
+class Tokens(NamedTuple):
+    """Tokens in random order, and the tokens of every expert.
+
+    Attributes:
+        expert_ids: int16 (L, T, K).
+        first_owner: int16 (T,).
+        weight: float32 (T,) what a token counts for.
+        start: int64 (L, E + 1) where an expert's tokens begin in `users`.
+        users: int32 (L, T * K) tokens by expert, rising.
+    """
+
+    expert_ids: NDArray[np.int16]
+    first_owner: NDArray[np.int16]
+    weight: NDArray[np.float32]
+    start: NDArray[np.int64]
+    users: NDArray[np.int32]
+
+
+class Machine(NamedTuple):
+    """The ranks, and what a row costs.
+
+    Attributes:
+        node_of_rank: int64 (W,).
+        domain_of_rank: int64 (W,).
+        ranks_of_node: uint64 (nodes,) bits of a node's ranks.
+        row_cost: float64 (2,) cost of a row between ranks, and extra cost of entering a node.
+    """
+
+    node_of_rank: NDArray[np.int64]
+    domain_of_rank: NDArray[np.int64]
+    ranks_of_node: NDArray[np.uint64]
+    row_cost: NDArray[np.float64]
+
+
+class Layout(NamedTuple):
+    """Where experts are.
+
+    Attributes:
+        slots: int16 (L, W, S) expert in a slot, or EMPTY.
+        hosts: uint64 (L, E) bits of the ranks with a copy.
+    """
+
+    slots: NDArray[np.int16]
+    hosts: NDArray[np.uint64]
+
+
+class Flow(NamedTuple):
+    """How the tokens travel under a layout.
+
+    Attributes:
+        owner: int16 (L + 1, T).
+        choice: int16 (L, T, K) rank that runs each expert.
+        cost: float32 (L, T) cost of a token at a layer.
+        load: float64 (L, W) token load.
+    """
+
+    owner: NDArray[np.int16]
+    choice: NDArray[np.int16]
+    cost: NDArray[np.float32]
+    load: NDArray[np.float64]
+
+
+class Limits(NamedTuple):
+    """Caps on token load, (L,) each, for ranks and for nodes."""
+
+    rank_load: NDArray[np.float64]
+    node_load: NDArray[np.float64]
+    node_of_rank: NDArray[np.int64]
+    replicas: NDArray[np.int64]
+
+
+class Scratch(NamedTuple):
+    """Room that the loops write to: load changes (L, W), the last layer touched, one token."""
+
+    load: NDArray[np.float64]
+    last: NDArray[np.int64]
+    choice: NDArray[np.int64]
+    rng: NDArray[np.uint64]
+
+
+def make_scratch(flow: Flow, *, seed: int) -> Scratch:
+    """Empty room for a search on `flow`."""
+    return Scratch(
+        load=np.zeros_like(flow.load),
+        last=np.zeros(1, dtype=np.int64),
+        choice=np.zeros(flow.choice.shape[2], dtype=np.int64),
+        rng=np.random.default_rng(seed).integers(1, 2**63, size=1, dtype=np.uint64),
+    )
+
+
+def make_tokens(
+    trace: RoutingTrace, *, num_ranks: int, seed: int, weight: NDArray[np.float32] | None = None
+) -> Tokens:
+    """The tokens of a trace in random order: the first n of any list are a fair sample of it."""
+    order = token_order(trace, seed=seed)
+    ids = np.ascontiguousarray(trace.expert_ids[order].transpose(1, 0, 2).astype(np.int16))
+    start, users = _users(ids, trace.num_experts)
+    weights = np.ones(trace.num_tokens, dtype=np.float32) if weight is None else weight[order]
+    return Tokens(
+        expert_ids=ids,
+        first_owner=(trace.sequence_ids[order] % num_ranks).astype(np.int16),
+        weight=weights.astype(np.float32),
+        start=start,
+        users=users,
+    )
+
+
+def first_tokens(tokens: Tokens, count: int, num_experts: int) -> Tokens:
+    """The first tokens alone: a random sample."""
+    ids = np.ascontiguousarray(tokens.expert_ids[:, :count])
+    start, users = _users(ids, num_experts)
+    return Tokens(
+        expert_ids=ids,
+        first_owner=tokens.first_owner[:count],
+        weight=tokens.weight[:count],
+        start=start,
+        users=users,
+    )
+
+
+def token_order(trace: RoutingTrace, *, seed: int) -> NDArray[np.int64]:
+    """The order in which a search sees a trace's tokens."""
+    return np.random.default_rng(seed).permutation(trace.num_tokens)
+
+
+def _users(ids: NDArray[np.int16], num_experts: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    layers, tokens, top_k = ids.shape
+    start = np.zeros((layers, num_experts + 1), dtype=np.int64)
+    users = np.empty((layers, tokens * top_k), dtype=np.int32)
+    for layer in range(layers):
+        flat = ids[layer].ravel()
+        users[layer] = np.argsort(flat, kind="stable") // top_k
+        start[layer, 1:] = np.cumsum(np.bincount(flat, minlength=num_experts))
+    return start, users
+
+
+def make_layout(hosts: NDArray[np.bool_], *, slots_per_rank: int) -> Layout:
+    """The layout of (L, E, W) flags."""
+    layers, _experts, width = hosts.shape
+    slots = np.full((layers, width, slots_per_rank), EMPTY, dtype=np.int16)
+    for layer, rank in np.ndindex(layers, width):
+        held = np.flatnonzero(hosts[layer, :, rank])
+        slots[layer, rank, : len(held)] = held
+    bits = np.uint64(1) << np.arange(width, dtype=np.uint64)
+    return Layout(slots=slots, hosts=(hosts * bits).sum(axis=2, dtype=np.uint64))
+
+
+def hosts_of(layout: Layout, num_experts: int) -> NDArray[np.bool_]:
+    """(L, E, W) flags of a layout."""
+    layers, width, _ = layout.slots.shape
+    hosts = np.zeros((layers, num_experts + 1, width), dtype=np.bool_)
+    layer, rank = np.ogrid[:layers, :width]
+    for slot in range(layout.slots.shape[2]):
+        hosts[layer, layout.slots[:, :, slot], rank] = True
+    return hosts[:, :num_experts]
+
+
+def make_machine(topology: Topology, *, domain: int | None, intra: float, inter: float) -> Machine:
+    """The ranks and prices: `intra` a row inside a node, `inter` the first row into a node."""
+    return Machine(
+        node_of_rank=topology.node_of_rank,
+        domain_of_rank=topology.domain_of_rank(domain),
+        ranks_of_node=_node_bits(topology),
+        row_cost=np.array([intra, inter - intra], dtype=np.float64),
+    )
+
+
+def _node_bits(topology: Topology) -> NDArray[np.uint64]:
+    bits = np.uint64(1) << np.arange(topology.num_ranks, dtype=np.uint64)
+    by_node = bits.reshape(topology.num_nodes, topology.ranks_per_node)
+    ranks: NDArray[np.uint64] = np.bitwise_or.reduce(by_node, axis=1)
+    return ranks
+
+
+def make_flow(tokens: Tokens, machine: Machine, layout: Layout) -> Flow:
+    """Walks all tokens through all layers."""
+    layers, count, top_k = tokens.expert_ids.shape
+    flow = Flow(
+        owner=np.zeros((layers + 1, count), dtype=np.int16),
+        choice=np.zeros((layers, count, top_k), dtype=np.int16),
+        cost=np.zeros((layers, count), dtype=np.float32),
+        load=np.zeros((layers, len(machine.node_of_rank)), dtype=np.float64),
+    )
+    flow.owner[0] = tokens.first_owner
+    route_all(tokens, machine, layout, flow, np.zeros(top_k, dtype=np.int64))
+    return flow

@@ -1,0 +1,89 @@
+"""What a user can ask of any strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from placement.errors import UserError
+from placement.plan import PlacementPlan
+from placement.traffic import PROTOCOLS, Protocol
+
+if TYPE_CHECKING:
+    from placement.topology import Topology
+    from placement.trace import RoutingTrace
+
+
+class StrategyError(UserError):
+    """Options that no placement can satisfy, or an unknown strategy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """Options of a placement; a strategy ignores those that mean nothing to it.
+
+    Attributes:
+        seed: of every random choice; the same seed gives the same plan on any machine.
+        max_imbalance: cap on max / mean token load over the ranks of a layer; None: the strategy's.
+        protocol: "home" or "coherent".
+        coherence_domain: ranks in a coherence domain; None means all.
+        effort: how much search; 1 is the default, half takes half the time.
+        time_limit: seconds after which the best plan so far is taken; None: no limit.
+        intra_node_cost: cost of a row inside a node, where a row between nodes costs 1.
+    """
+
+    seed: int = 0
+    max_imbalance: float | None = None
+    protocol: Protocol = "coherent"
+    coherence_domain: int | None = None
+    effort: float = 1.0
+    time_limit: float | None = None
+    intra_node_cost: float = 0.11
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            msg = f"unknown protocol {self.protocol!r}; choose home or coherent"
+            raise StrategyError(msg)
+        if self.max_imbalance is not None and not self.max_imbalance >= 1.0:
+            msg = f"max_imbalance is max / mean load, at least 1, got {self.max_imbalance}"
+            raise StrategyError(msg)
+        if not self.effort > 0:
+            msg = f"effort must be above 0, got {self.effort}"
+            raise StrategyError(msg)
+
+    @property
+    def domain_size(self) -> int | None:
+        """The coherence domain: one rank under `home`."""
+        return 1 if self.protocol == "home" else self.coherence_domain
+
+    def summary(self, **more: float | None) -> dict[str, Any]:
+        """What a plan's file says about how it was made."""
+        named = {
+            "protocol": self.protocol,
+            "coherence_domain": self.coherence_domain,
+            "max_imbalance": self.max_imbalance,
+            **more,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
+Place = Callable[..., PlacementPlan]
+
+
+def slots_per_rank_for(trace: RoutingTrace, topology: Topology, slots_per_rank: int | None) -> int:
+    """The slots of a rank: as asked, or as few as hold every expert once.
+
+    Raises:
+        StrategyError: if the slots cannot hold all experts.
+    """
+    needed = -(-trace.num_experts // topology.num_ranks)
+    if slots_per_rank is None:
+        return needed
+    if slots_per_rank < needed:
+        msg = (
+            f"{topology.num_ranks} ranks of {slots_per_rank} slots cannot hold "
+            f"{trace.num_experts} experts; use --slots-per-rank {needed} or more"
+        )
+        raise StrategyError(msg)
+    return min(slots_per_rank, trace.num_experts)
