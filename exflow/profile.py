@@ -9,7 +9,8 @@ differently: the last bit of gate weights, and the choice where two experts are 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from exflow.assets import resolve_model
-from exflow.corpus import find_shards, read_documents
+from exflow.corpus import CorpusStats, find_shards, read_documents
 from exflow.profiling.batches import Batch, Budget, TokenizedText, make_batches
 from exflow.profiling.checkpoint import choose_device, fingerprint, load_model, load_tokenizer
 from exflow.profiling.parts import PartsFolder
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODES: tuple[Mode, ...] = ("teacher-forced", "decode")
+
+logger = logging.getLogger(__name__)
 
 
 class ProfileError(UserError):
@@ -148,6 +151,7 @@ class _Run:
     parts: PartsFolder
     options: ProfileOptions
     manifest: Mapping[str, Any]
+    stats: CorpusStats = field(default_factory=CorpusStats)
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -186,10 +190,13 @@ def _record_share(run: _Run, ranks: Ranks) -> int:
             if not run.parts.has(batch.number):
                 run.parts.save(batch.number, _record(run, batch))
             progress.update(sum(_cost(text, run.options) for text in batch.texts))
+    if run.stats.skipped and ranks.is_first:
+        logger.warning(
+            "%d bad lines skipped, first: %s", len(run.stats.skipped), run.stats.skipped[0]
+        )
     if num_batches == 0:
         names = ", ".join(str(shard) for shard in run.shards)
-        only = f" of the subsets {', '.join(run.options.subsets)}" if run.options.subsets else ""
-        msg = f"no text{only} to profile in {names}"
+        msg = f"{names}: every document is empty; there is nothing to profile"
         raise ProfileError(msg)
     return num_batches
 
@@ -198,7 +205,10 @@ def _texts(run: _Run) -> Iterator[TokenizedText]:
     """The texts to run, the same on every rank: whole documents until the budget is spent."""
     options = run.options
     documents = read_documents(
-        run.shards, subsets=options.subsets or None, skip_bad_lines=options.skip_bad_lines
+        run.shards,
+        subsets=options.subsets or None,
+        skip_bad_lines=options.skip_bad_lines,
+        stats=run.stats,
     )
     budget = Budget(total=options.tokens, per_subset=options.tokens_per_subset)
     for document in documents:

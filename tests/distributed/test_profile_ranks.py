@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exflow.profile import ProfileError, ProfileOptions, profile
+from exflow.corpus import CorpusError
+from exflow.profile import ProfileOptions, profile
 from exflow.profiling.parts import PartsError, PartsFolder
-from harness import RankError, run_ranks
+from exflow.runtime.ranks import RankFailureError
+from harness import PRELOAD, RankError, run_ranks
 from placement.trace import RoutingTrace
 
 pytestmark = pytest.mark.distributed
+
+PRELOAD += ["exflow.profile", "transformers.models.olmoe.modeling_olmoe"]  # seconds to import
 
 OPTIONS = ProfileOptions(batch_size=2)
 
@@ -104,10 +108,9 @@ def test_a_killed_run_is_taken_up_by_another_number_of_ranks(checkpoint, tmp_pat
     with pytest.raises(RankError, match="died with exit code -9"):
         run_ranks(2, profile_until_killed, checkpoint, corpus, str(output))
     parts = tmp_path / "trace.safetensors.parts"
-    finished = {path: path.stat().st_mtime_ns for path in parts.glob("batch-*")}
-    assert parts / "batch-000001.safetensors" in finished
+    assert (parts / "batch-000001.safetensors").is_file()
     assert not output.exists()
-    with pytest.raises(PartsError, match="batch_size was 2, now 3"):
+    with pytest.raises((PartsError, RankFailureError), match="batch_size was 2, now 3"):
         run_ranks(2, profile_here, checkpoint, corpus, str(output), ProfileOptions(batch_size=3))
     run_ranks(4, profile_here, checkpoint, corpus, str(output))
     assert_same(RoutingTrace.load(output), RoutingTrace.load(alone))
@@ -116,5 +119,5 @@ def test_a_killed_run_is_taken_up_by_another_number_of_ranks(checkpoint, tmp_pat
 def test_a_corpus_without_the_subset_is_an_error_on_every_rank(checkpoint, tmp_path):
     corpus = write_corpus(tmp_path / "c.jsonl", documents=3)
     options = ProfileOptions(subsets=("C",))
-    with pytest.raises(ProfileError, match="no text of the subsets C"):
+    with pytest.raises((CorpusError, RankFailureError), match="no document of the subsets C"):
         run_ranks(2, profile_here, checkpoint, corpus, str(tmp_path / "t"), options)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from exflow.corpus import CorpusError
 from exflow.errors import CheckpointError
 from exflow.profile import ProfileError, ProfileOptions, profile
 from exflow.profiling.batches import Batch, Budget, TokenizedText, make_batches
@@ -308,6 +309,17 @@ def test_a_killed_run_is_taken_up_again(checkpoint, corpus, tmp_path, monkeypatc
     assert not (tmp_path / "trace.safetensors.parts").exists()
 
 
+def test_bad_lines_are_an_error_or_counted(checkpoint, corpus, tmp_path, caplog):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(Path(corpus).read_text(encoding="utf-8") + "not JSON\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"bad.jsonl, line 21: not JSON"):
+        profile(checkpoint, [str(bad)], tmp_path / "a", options=ProfileOptions())
+    options = ProfileOptions(skip_bad_lines=True)
+    trace = profile(checkpoint, [str(bad)], tmp_path / "b", options=options)
+    assert trace.num_sequences == 19
+    assert "1 bad lines skipped" in caplog.text
+
+
 def test_overwriting_drops_the_parts_of_another_run(checkpoint, corpus, tmp_path):
     output = tmp_path / "trace.safetensors"
     PartsFolder(output).open({"batch_size": 3})
@@ -324,8 +336,12 @@ def test_mistakes_are_named(checkpoint, corpus, tmp_path):
         ProfileOptions(mode="sampled")
     with pytest.raises(ProfileError, match="batch-size must be at least 1"):
         ProfileOptions(batch_size=0)
-    with pytest.raises(ProfileError, match=r"no text of the subsets C to profile in .*shard.jsonl"):
+    with pytest.raises(CorpusError, match="no document of the subsets C"):
         profile(checkpoint, [corpus], output, options=ProfileOptions(subsets=("C",)))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": "", "meta": {"pile_set_name": "A"}}\n', encoding="utf-8")
+    with pytest.raises(ProfileError, match="every document is empty"):
+        profile(checkpoint, [str(empty)], tmp_path / "d", options=ProfileOptions())
     output.touch()
     with pytest.raises(ProfileError, match=r"trace.safetensors is there already; give --overwrite"):
         profile(checkpoint, [corpus], output, options=ProfileOptions())
