@@ -31,8 +31,8 @@ HELD_OUT_SHARE = 0.25
 MAX_CHARACTERS = 12_000
 MIN_CHARACTERS = 300
 NUM_MODULES = 300
-NUM_MATHEMATICS = 240
-QUESTIONS_A_DOCUMENT = 60
+NUM_MATHEMATICS = 80
+QUESTIONS_A_DOCUMENT = 50
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3"}
 
 
