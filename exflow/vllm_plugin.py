@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "EXFLOW_PLAN"
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.plugins.exflow")  # vLLM shows the logs below its own name
 
 
 class PluginError(UserError):
@@ -47,7 +47,7 @@ def register() -> None:
         logger.info("expert placement of %s is served by exflow", ", ".join(paths))
 
 
-def make_policy(base: Any, plans: Sequence[PlacementPlan]) -> Any:  # noqa: ANN401
+def make_policy(base: Any, plans: Sequence[PlacementPlan]) -> Any:
     """A policy class that answers with plans.
 
     Args:
@@ -63,13 +63,13 @@ def make_policy(base: Any, plans: Sequence[PlacementPlan]) -> Any:  # noqa: ANN4
         @classmethod
         def rebalance_experts(
             cls,
-            weight: Any,  # noqa: ANN401
+            weight: Any,
             num_replicas: int,
             num_groups: int,
             num_nodes: int,
             num_ranks: int,
-            old_global_expert_indices: Any = None,  # noqa: ANN401
-        ) -> Any:  # noqa: ANN401
+            old_global_expert_indices: Any = None,
+        ) -> Any:
             """(MoE layers, num_replicas) logical experts, as vLLM's AbstractEplbPolicy asks."""
             plan = find_plan(cls.exflow_plans, tuple(weight.shape))
             if plan is None:
@@ -115,7 +115,7 @@ def slot_rows(
     return np.array(to_rows(plan), dtype=np.int64)
 
 
-def _tensor_like(rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Any:  # noqa: ANN401
+def _tensor_like(rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Any:
     import torch
 
     return torch.from_numpy(rows)

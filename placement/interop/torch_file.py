@@ -40,7 +40,7 @@ def load_pt(path: Path) -> dict[str, Any]:
     return converted
 
 
-def _to_numpy(value: Any, tensor: type) -> Any:  # noqa: ANN401
+def _to_numpy(value: Any, tensor: type) -> Any:
     if isinstance(value, tensor):
         return np.asarray(value)
     if isinstance(value, dict):
