@@ -88,11 +88,10 @@ def test_a_rank_that_dies_is_reported():
         run_ranks(2, die_on, 0)
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_is_killed_and_shows_where_it_hung():
-    start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[1\] had not finished(.|\n)*in sleep_on"):
-        run_ranks(2, sleep_on, 1, timeout=5)
-    assert time.monotonic() - start < 60
+        run_ranks(2, sleep_on, 1, timeout=10)
 
 
 def test_results_may_be_large():
