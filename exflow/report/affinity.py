@@ -1,0 +1,178 @@
+"""The report on affinity: heat maps before and after placement, its strength, its stability."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exflow.report.heat import heat_map
+from exflow.report.html import figure, folded, side_by_side, table
+from exflow.report.svg import Line, grid, lines
+from placement.affinity import AffinityGraph, count_transitions
+from placement.stability import kept
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from exflow.report.figures import ModelFigures
+    from placement.plan import PlacementPlan
+
+MOST_PLANS = 3
+
+
+def heat_section(model: ModelFigures) -> str:
+    """P(next | now) of three pairs of layers, experts in the order of each plan's ranks."""
+    probabilities = AffinityGraph.from_trace(model.trace).probabilities()
+    last = len(probabilities) - 1
+    parts = []
+    for step in sorted({0, last // 2, last}):
+        here, after = model.trace.layer_ids[step], model.trace.layer_ids[step + 1]
+        pictures = [
+            _heat_figure(name, plan, probabilities[step], step)
+            for name, plan in list(model.plans.items())[:MOST_PLANS]
+        ]
+        parts.append(f"<h4>Layer {here} → layer {after}</h4>{side_by_side(pictures)}")
+    return (
+        "<h3>Affinity before and after placement</h3>"
+        "<p>A row is an expert, a column an expert of the next MoE layer; the darker, the likelier "
+        "that a token goes from one to the other. Experts are sorted by the rank that holds them, "
+        "numbers are ranks. What lies in the blocks on the diagonal never leaves its rank: a good "
+        "placement gathers the dark spots there.</p>" + "".join(parts)
+    )
+
+
+def _heat_figure(
+    name: str, plan: PlacementPlan, probability: NDArray[np.float64], step: int
+) -> str:
+    here, after = first_hosts(plan)[step : step + 2]
+    rows, columns = np.argsort(here, kind="stable"), np.argsort(after, kind="stable")
+    stays = float((probability * (here[:, None] == after)).sum(axis=1).mean())
+    title = f"Affinity with experts in the order of plan {name}"
+    return figure(
+        heat_map(
+            title,
+            probability[rows][:, columns],
+            here[rows],
+            after[columns],
+            most=float(np.quantile(probability, 0.998)) or 1.0,
+        ),
+        f"{stays:.0%} of the probability is in the blocks (mean over experts).",
+        heading="linear: experts as numbered" if name == "linear" else name,
+    )
+
+
+def first_hosts(plan: PlacementPlan) -> NDArray[np.int64]:
+    """(layers, experts) the lowest rank with a copy."""
+    return np.asarray(plan.hosts().argmax(axis=2), dtype=np.int64)
+
+
+def kept_share(model: ModelFigures, plan_name: str) -> float:
+    """Share of the counted tokens' transitions (all pairs of choices) that stay on a rank."""
+    return kept(first_hosts(model.plans[plan_name]), count_transitions(model.counted_on))
+
+
+def strength_section(model: ModelFigures) -> str:
+    """Mutual information by layer against its nulls, and every other statistic in a table."""
+    found = model.affinity
+    information = found["mutual_information"]["top1"]
+    steps = model.trace.layer_ids[1:]
+    chart = lines(
+        "Mutual information of experts at adjacent layers",
+        [
+            Line(name="first choices", xs=steps, ys=information["per_layer"]),
+            *(
+                Line(name=label, xs=steps, ys=[information[null]] * len(steps), is_quiet=True)
+                for null, label in (
+                    ("null_within_sequence", "shuffled in sequence"),
+                    ("null", "shuffled"),
+                )
+            ),
+        ],
+        x_label="MoE layer",
+        y_label="normalised mutual information with the layer before",
+    )
+    caption = (
+        "1: the expert of one layer settles the expert of the next; 0: it says nothing. The dotted "
+        "lines are what is left when tokens are shuffled in each layer, among all tokens or only "
+        "among those of their own text."
+    )
+    return (
+        "<h3>How strong is the affinity?</h3>"
+        + figure(chart, caption)
+        + folded("All statistics", _statistics_table(found))
+    )
+
+
+def _statistics_table(found: dict[str, Any]) -> str:
+    entries = [("load of experts, max / mean", found["load_skew"])]
+    entries += [(name.replace("_", " "), x) for name, x in found["concentration"].items()]
+    information = found["mutual_information"]
+    entries.append(("mutual information, first choices", information["top1"]))
+    if found["coactivation"] is not None:
+        entries.append(("mutual information, all choices", information["topk"]))
+        entries.append(("co-activation beyond load", found["coactivation"]))
+    names = ("mean", "min", "max", "null", "null_within_sequence")
+    return table(
+        ["statistic", "mean", "min", "max", "shuffled", "shuffled in sequence"],
+        [[label, *(x.get(name, "") for name in names)] for label, x in entries],
+        caption="Over layers; definitions in placement/statistics.py",
+    )
+
+
+def stability_section(model: ModelFigures) -> str:
+    """Convergence, halves, domains."""
+    found = model.stability
+    rows = found["convergence"]
+    sizes = [row["tokens"] for row in rows]
+    chart = lines(
+        "What few tokens tell",
+        [
+            Line(name=label, xs=sizes, ys=[row[name] for row in rows])
+            for name, label in (("correlation", "correlation"), ("kept", "kept on the rank"))
+        ]
+        + [
+            Line(
+                name="kept by chance", xs=sizes, ys=[1 / found["ranks"]] * len(rows), is_quiet=True
+            )
+        ],
+        x_label="tokens fitted",
+        y_label="on held-out tokens",
+        is_log=True,
+        y_max=1.0,
+    )
+    pictures = [
+        figure(
+            chart,
+            "Fitted on the first tokens of one half of the texts, measured on the other half. "
+            "Correlation: of the affinities beyond load. Kept: share of transitions that stay on "
+            f"one of {found['ranks']} ranks under a quick placement fitted on those tokens. Halves: "
+            f"correlation {found['halves']['correlation']:.2f}, kept {found['halves']['kept']:.2f}.",
+            heading="With how many tokens?",
+        )
+    ]
+    if found["domains"] is not None:
+        pictures.append(_domains_figure(found["domains"]))
+    return f"<h3>Does it last?</h3>{side_by_side(pictures)}"
+
+
+def _domains_figure(found: dict[str, Any]) -> str:
+    names = [escape(name) for name in found["names"]]
+    numbers = [str(number + 1) for number in range(len(names))]
+    chart = grid(
+        "Correlation of affinity between kinds of text",
+        found["correlation"],
+        rows=[f"{number} {name}" for number, name in zip(numbers, found["names"], strict=True)],
+        columns=numbers,
+        most=1.0,
+        digits=2,
+        across="fitted on (down), measured on (across)",
+    )
+    return figure(
+        chart,
+        "Correlation of affinity; the diagonal compares two halves of the same kind of text, which "
+        "is as good as it gets with so few tokens. A placement fitted on another kind keeps "
+        f"{found['transfer']:.0%} of what one fitted on its own kind does.",
+        heading="From one kind of text to another?",
+    )
