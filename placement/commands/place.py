@@ -39,6 +39,7 @@ def place(
 ) -> None:
     """Place the experts of a model: write a plan, print what it is worth on held-out tokens."""
     from placement.evaluation import compare_strategies, format_table
+    from placement.interop.counts import COUNTS, LOAD_STRATEGIES, require_routing
     from placement.strategies import PlacementOptions, get_strategy
     from placement.topology import Topology
     from placement.trace import RoutingTrace, merge_traces
@@ -52,13 +53,15 @@ def place(
         time_limit=time_limit,
     )
     trace = merge_traces([RoutingTrace.load(path) for path in traces])
+    if strategy.replace("-", "_") not in LOAD_STRATEGIES:
+        require_routing(trace, f"strategy {strategy}")
     topology = Topology(num_nodes=nodes, ranks_per_node=ranks_per_node)
     plan = get_strategy(strategy)(trace, topology, slots_per_rank=slots_per_rank, options=options)
     plan.save(output)
     typer.echo(
         f"{output}: {plan.strategy.name}, {topology.num_ranks} ranks, {plan.num_slots} slots"
     )
-    if compare and trace.num_sequences > 1:
+    if compare and trace.num_sequences > 1 and trace.phase != COUNTS:
         names = list(dict.fromkeys(["linear", "round_robin", strategy]))
         rows = compare_strategies(
             trace, topology, names, slots_per_rank=slots_per_rank, options=options

@@ -29,10 +29,12 @@ def simulate(
 ) -> None:
     """Count the rows, the load and the bytes of plans on a trace."""
     from placement.evaluation import format_table, measure
+    from placement.interop.counts import require_routing
     from placement.plan import PlacementPlan
     from placement.trace import RoutingTrace
 
     routing = RoutingTrace.load(trace)
+    require_routing(routing, "counting rows")
     rows = []
     for path in plans:
         plan = PlacementPlan.load(path)

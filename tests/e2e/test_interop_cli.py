@@ -83,6 +83,16 @@ def test_from_responses_to_a_verified_sglang_placement(folder):
     assert PlacementPlan.load(read).slots == PlacementPlan.load(plan).slots
 
 
+def test_loads_alone_serve_a_plan_but_not_where_affinity_is_asked(folder):
+    np.save(folder / "loads.npy", np.random.default_rng(0).random((3, 8)).astype(np.float32))
+    loads, trace = folder / "loads.npy", folder / "loads.safetensors"
+    said = run("import", "--from", "npy", loads, "-o", trace)
+    assert "affinity needs routed experts" in said.stdout
+    run("place", trace, "--strategy", "linear", "-o", folder / "linear.json")
+    said = run("place", trace, "--strategy", "affinity", "-o", folder / "no.json", code=2)
+    assert "made from loads alone" in said.stderr
+
+
 def test_lint_fails_on_a_file_the_engine_would_refuse(folder):
     bad = folder / "bad.json"
     bad.write_text(json.dumps({"physical_to_logical_map": [[0, 1]], "ep_size": 2}))
