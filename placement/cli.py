@@ -59,13 +59,8 @@ def mount(app: typer.Typer, commands: Mapping[str, str]) -> None:
         commands: Module of each command by name; the function in it has the module's last name.
     """
     for name, module_name in commands.items():
-        try:
-            module = import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name != module_name:
-                raise
-            continue
-        app.command(name)(getattr(module, module_name.rpartition(".")[2]))
+        function = getattr(import_module(module_name), module_name.rpartition(".")[2])
+        app.command(name)(function)
 
 
 def run(app: typer.Typer, program: str) -> None:
