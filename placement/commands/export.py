@@ -40,7 +40,9 @@ def export(
     shape = ModelShape.from_config(config) if config else ModelShape.of_plan(placed)
     text = export_text(placed, found, shape)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(output)
     typer.echo(f"{output}: {placed.num_slots} slots on {placed.num_ranks} ranks for {target}")
     for finding in found.check(placed, shape):
         typer.echo(f"note: {finding.text}")

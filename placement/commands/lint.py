@@ -52,11 +52,9 @@ def _as_plan(file: Path) -> PlacementPlan | None:
     """The plan in a file; None if the file is in another form."""
     from placement.plan import FORMAT, PlacementPlan
 
-    if file.is_file():
-        with file.open("rb") as opened:
-            if FORMAT.encode() not in opened.read(200):
-                return None
-    return None if file.is_dir() else PlacementPlan.load(file)
+    if file.is_dir() or (file.is_file() and FORMAT.encode() not in file.read_bytes()):
+        return None
+    return PlacementPlan.load(file)
 
 
 def _check(plan: PlacementPlan, target: str, shape: ModelShape) -> list[Finding]:

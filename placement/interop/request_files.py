@@ -138,14 +138,16 @@ def _requests(
 
 
 def _encoded(body: dict[str, Any]) -> Iterator[str]:
-    choices = body.get("choices")
-    holders = [body, body.get("meta_info"), body.get("sglext"), body.get("sgl_ext")]
-    for choice in choices if isinstance(choices, list) else []:
-        if isinstance(choice, dict):
-            holders += [choice, choice.get("sglext"), choice.get("sgl_ext")]
-    for holder in holders:
+    """The routing of the response as a whole, or else that of each choice."""
+    whole = [body, body.get("meta_info"), body.get("sglext"), body.get("sgl_ext")]
+    for holder in whole:
         if isinstance(holder, dict) and holder.get(FIELD) is not None:
             yield holder[FIELD]
+            return
+    choices = body.get("choices")
+    for choice in choices if isinstance(choices, list) else []:
+        if isinstance(choice, dict):
+            yield from _encoded({**choice, "choices": None})
 
 
 def _decode_base64(text: object, name: str) -> bytes:

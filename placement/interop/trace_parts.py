@@ -105,7 +105,7 @@ class TraceParts:
         sequences = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         names = tuple(dict.fromkeys(self.domains))
         domain_ids = None
-        if 1 < len(names) <= 256 or names[0]:
+        if any(names) and len(names) <= 256:
             of_request = np.array([names.index(name) for name in self.domains], dtype=np.uint8)
             domain_ids = np.repeat(of_request, lengths)
         return RoutingTrace(

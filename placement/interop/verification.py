@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from placement.interop.counts import require_routing
 from placement.interop.errors import RecordError
 from placement.interop.model_shape import ModelShape
 from placement.interop.targets import read_export
@@ -63,6 +64,7 @@ def compare(
     if of_protocol is None:
         msg = f"unknown protocol {protocol!r}; choose home or coherent"
         raise RecordError(msg)
+    require_routing(recorded, "counting rows")
     measured = _figures(count_traffic(recorded, plan, protocol=of_protocol))
     if expected is not None:
         predicted = _figures(count_traffic(expected, plan, protocol=of_protocol))
