@@ -90,13 +90,3 @@ def test_only_ranks_asks_torch_distributed_who_we_are():
         if isinstance(node, ast.Attribute) and node.attr in asking
     ]
     assert not wrong
-
-
-def test_docs_structure_has_a_line_for_every_module():
-    text = (ROOT / "docs/structure.md").read_text()
-    missing = [
-        str(path.relative_to(ROOT))
-        for path in [*modules_of("placement"), *modules_of("exflow")]
-        if not path.name.startswith("__") and f"`{path.name}`" not in text
-    ]
-    assert not missing
