@@ -39,7 +39,7 @@ def run(scheduler, token=1):
         assert most_slots == 0 or len({f.slot for f in scheduler.running}) == len(scheduler.running)
         most_pages = max(most_pages, sum(len(flight.pages) for flight in scheduler.running))
         completions += scheduler.advance(dict.fromkeys([f.slot for f in scheduler.running], token))
-    raise AssertionError("the scheduler does not end")
+    pytest.fail("the scheduler does not end")
 
 
 def test_requests_wait_for_a_slot_and_join_when_one_leaves():

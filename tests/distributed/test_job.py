@@ -1,0 +1,182 @@
+"""`exflow run` on two ranks: resuming, and mistakes that every rank reports without hanging."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from exflow.runtime.engine import EngineOptions
+from exflow.runtime.job import Job, run_job
+from exflow.runtime.requests import SamplingParams
+from harness import run_ranks
+from placement.trace import RoutingTrace
+from tiny_checkpoints import qwen3_moe, save_byte_tokenizer
+
+pytestmark = pytest.mark.distributed
+
+LINES = [
+    {"id": "a", "prompt": "The quick brown fox"},
+    {"text": "In the beginning", "meta": {"pile_set_name": "Books"}},
+    {"id": 17, "text": "x" * 300},
+    {"prompt": "2 + 2 ="},
+]
+
+PLAN = {
+    "format": "exflow.plan/1",
+    "model": "tiny",
+    "num_experts": 8,
+    "layer_ids": [0, 1],
+    "topology": {"num_nodes": 1, "ranks_per_node": 2},
+    "strategy": {"name": "test"},
+    "slots": [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 2,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job") / "tiny"
+    qwen3_moe(folder, vocab_size=256, num_hidden_layers=2)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def job(model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+
+    def make_job(**changes):
+        defaults = {
+            "model": str(model),
+            "prompts": prompts,
+            "output": tmp_path / "out" / "completions.jsonl",
+            "sampling": SamplingParams(max_new_tokens=4),
+        }
+        return Job(**(defaults | changes))
+
+    return make_job
+
+
+def try_jobs(jobs):
+    """What each job ends with on this rank: None, or the error's class and message."""
+    return [try_job(job) for job in jobs]
+
+
+def try_job(job):
+    try:
+        run_job(job)
+    except ValueError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_job_writes_completions_metrics_and_a_trace(job, tmp_path):
+    """Then it is run again with a torn output, as a killed run leaves it."""
+    job = job(metrics=tmp_path / "metrics.json", trace=tmp_path / "trace.safetensors")
+    assert run_ranks(2, try_jobs, [job]) == [[None]] * 2
+    lines = {line["id"]: line for line in read(job.output)}
+    assert set(lines) == {"a", 1, 17, 3}
+    refused = lines.pop(17)
+    assert refused["finish_reason"] == "refused"
+    assert "300 tokens, the model takes 256" in refused["reason"]
+    for line in lines.values():
+        assert len(line["token_ids"]) == 4
+        assert line["finish_reason"] == "length"
+    metrics = json.loads(job.metrics.read_text())
+    assert metrics["measured_equals_predicted"] is True
+    assert metrics["requests"] == {"finished": 3, "refused": 1, "skipped": 0}
+    assert metrics["tokens"] == {"prompt": 19 + 16 + 7, "generated": 12}
+    trace = RoutingTrace.load(job.trace)
+    assert sorted(set(trace.sequence_ids.tolist())) == [0, 1, 3]
+    assert trace.num_tokens == 3 * 3
+
+    whole = job.output.read_text()
+    first = whole.splitlines(keepends=True)[:2]
+    job.output.write_text("".join(first) + '{"id": "a", "pro')
+    assert run_ranks(2, try_jobs, [job]) == [[None]] * 2
+    assert sorted(job.output.read_text().splitlines()) == sorted(whole.splitlines())
+    skipped = {json.loads(line)["id"] for line in first}
+    metrics = json.loads(job.metrics.read_text())
+    assert metrics["requests"]["skipped"] == 2
+    assert metrics["requests"]["finished"] == len({"a", 1, 3} - skipped)
+
+
+def test_every_mistake_is_reported_on_every_rank(job, model, tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    four = {"topology": {"num_nodes": 1, "ranks_per_node": 4}}
+    two_each = [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2
+    blocked = write("a-file", "")
+    mistakes = {
+        "for 4 ranks, this job has 2": {
+            "plan": write("four.json", PLAN | four | {"slots": two_each})
+        },
+        "the plan was made for other": {"plan": write("other.json", PLAN | {"model": "other"})},
+        "no copy of experts [7]": {
+            "plan": write("missing.json", PLAN | {"slots": [[[0, 1, 2, 3], [4, 5, 6]]] * 2})
+        },
+        "2 MoE layers of 4 experts": {
+            "plan": write("small.json", PLAN | {"num_experts": 4, "slots": [[[0, 1], [2, 3]]] * 2})
+        },
+        "format is 'eplb/1', expected": {"plan": write("format.json", PLAN | {"format": "eplb/1"})},
+        "no such plan": {"plan": tmp_path / "nowhere.json"},
+        "cannot be read as prompts": {"prompts": tmp_path / "nowhere.jsonl"},
+        "no prompts": {"prompts": write("empty.jsonl", "\n")},
+        "line 1: not JSON": {"prompts": write("broken.jsonl", "{\n")},
+        "a coherence domain of 3 ranks does not divide 2": {
+            "engine": EngineOptions(coherence_domain=3)
+        },
+        "cannot be written": {"output": blocked / "completions.jsonl"},
+        "not a completion": {"output": write("else.jsonl", "[1]\n")},
+        "no model": {"model": "nowhere"},
+        "no config.json": {"model": str(tmp_path)},
+    }
+    jobs = [job(**changes) for changes in mistakes.values()]
+    outcomes = run_ranks(2, try_jobs, jobs)
+    for rank, outcome in enumerate(outcomes):
+        for expected, found in zip(mistakes, outcome, strict=True):
+            assert found is not None, f"rank {rank} did not notice: {expected}"
+            assert expected in found[1]
+
+
+def test_a_shard_that_only_one_rank_reads_and_cannot(job, model, tmp_path):
+    """Expert 7 is rank 1's; it is in a shard of its own, which is cut short."""
+    broken = tmp_path / "tiny"
+    broken.mkdir()
+    for file in model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    shard_of = {name: f"{'.experts.7.' in name}.safetensors" for name in tensors}
+    for shard in set(shard_of.values()):
+        part = {name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}
+        save_file(part, broken / shard)
+    (broken / "model.safetensors").unlink()
+    index = broken / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shard_of}))
+    damaged = broken / "True.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(PLAN | {"slots": [[[0, 1, 2, 3, 4, 5, 6], [7]]] * 2}))
+    first, second = run_ranks(2, try_jobs, [job(model=str(broken), plan=plan)])
+    assert first[0][0] == "RankFailureError"
+    assert first[0][1].startswith("rank 1 cannot go on")
+    assert second[0][0] == "CheckpointError"
+    assert "True.safetensors" in second[0][1]
+
+
+def test_options_are_checked_before_anything_is_read(job):
+    for changes, named in (
+        ({"engine": EngineOptions(protocol="push")}, "protocol"),
+        ({"engine": EngineOptions(batch_size=0)}, "batch-size"),
+        ({"dtype": "float8"}, "dtype"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            job(**changes)
