@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exflow.report.heat import heat_map
-from exflow.report.html import figure, folded, side_by_side, table
+from exflow.report.html import figure, side_by_side, table
 from exflow.report.svg import Line, grid, lines
 from placement.affinity import AffinityGraph, count_transitions
 from placement.stability import kept
@@ -26,14 +26,18 @@ def heat_section(model: ModelFigures) -> str:
     """P(next | now) of three pairs of layers, experts in the order of each plan's ranks."""
     probabilities = AffinityGraph.from_trace(model.trace).probabilities()
     last = len(probabilities) - 1
+    steps = sorted({0, last // 2, last})
+    layers = model.trace.layer_ids
     parts = []
-    for step in sorted({0, last // 2, last}):
-        here, after = model.trace.layer_ids[step], model.trace.layer_ids[step + 1]
+    for name, plan in list(model.plans.items())[:MOST_PLANS]:
         pictures = [
-            _heat_figure(name, plan, probabilities[step], step)
-            for name, plan in list(model.plans.items())[:MOST_PLANS]
+            _heat_figure(
+                plan, probabilities[step], step, f"layer {layers[step]} → {layers[step + 1]}"
+            )
+            for step in steps
         ]
-        parts.append(f"<h4>Layer {here} → layer {after}</h4>{side_by_side(pictures)}")
+        title = "linear: experts as they are numbered" if name == "linear" else name
+        parts.append(f"<h4>{escape(title)}</h4>{side_by_side(pictures)}")
     return (
         "<h3>Affinity before and after placement</h3>"
         "<p>A row is an expert, a column an expert of the next MoE layer; the darker, the likelier "
@@ -44,12 +48,12 @@ def heat_section(model: ModelFigures) -> str:
 
 
 def _heat_figure(
-    name: str, plan: PlacementPlan, probability: NDArray[np.float64], step: int
+    plan: PlacementPlan, probability: NDArray[np.float64], step: int, layers: str
 ) -> str:
     here, after = first_hosts(plan)[step : step + 2]
     rows, columns = np.argsort(here, kind="stable"), np.argsort(after, kind="stable")
     stays = float((probability * (here[:, None] == after)).sum(axis=1).mean())
-    title = f"Affinity with experts in the order of plan {name}"
+    title = f"Affinity, {layers}, experts in the order of plan {plan.strategy.name}"
     return figure(
         heat_map(
             title,
@@ -58,8 +62,7 @@ def _heat_figure(
             after[columns],
             most=float(np.quantile(probability, 0.998)) or 1.0,
         ),
-        f"{stays:.0%} of the probability is in the blocks (mean over experts).",
-        heading="linear: experts as numbered" if name == "linear" else name,
+        f"{layers}: {stays:.0%} in the blocks of the diagonal",
     )
 
 
@@ -100,8 +103,7 @@ def strength_section(model: ModelFigures) -> str:
     )
     return (
         "<h3>How strong is the affinity?</h3>"
-        + figure(chart, caption)
-        + folded("All statistics", _statistics_table(found))
+        f"{side_by_side([figure(chart, caption), _statistics_table(found)])}"
     )
 
 
@@ -167,12 +169,11 @@ def _domains_figure(found: dict[str, Any]) -> str:
         columns=numbers,
         most=1.0,
         digits=2,
-        across="fitted on (down), measured on (across)",
     )
     return figure(
         chart,
-        "Correlation of affinity; the diagonal compares two halves of the same kind of text, which "
-        "is as good as it gets with so few tokens. A placement fitted on another kind keeps "
+        "Correlation of affinity fitted on one kind (down) and measured on another (across). The "
+        "diagonal compares two halves of one kind: as good as it gets with so few tokens. A placement fitted on another kind keeps "
         f"{found['transfer']:.0%} of what one fitted on its own kind does.",
         heading="From one kind of text to another?",
     )

@@ -40,7 +40,7 @@ def heat_map(
         most: The value of full colour.
     """
     left, top = 30.0, 20.0
-    picture = base64.b64encode(png(np.sqrt(np.clip(values / most, 0, 1)))).decode()
+    picture = base64.b64encode(png(np.clip(values / most, 0, 1))).decode()
     cell = SIDE / len(values)
     marks = [
         f'<image x="{left}" y="{top}" width="{SIDE}" height="{SIDE}" preserveAspectRatio="none" '

@@ -48,8 +48,3 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return f'<td class="{"good" if value else "bad"}">{"yes" if value else "no"}</td>'
     return f"<td>{value:.3f}</td>" if isinstance(value, float) else f"<td>{escape(str(value))}</td>"
-
-
-def folded(title: str, content: str) -> str:
-    """Details that open on a click."""
-    return f"<details><summary>{escape(title)}</summary>{content}</details>"

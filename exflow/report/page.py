@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from exflow import __version__
 from exflow.report.affinity import heat_section, kept_share, stability_section, strength_section
-from exflow.report.html import table, tiles
+from exflow.report.html import tiles
 from exflow.report.runs import runs_section
 from exflow.report.style import STYLE
 from exflow.report.traffic import load_section, matrices_section, rows_section
@@ -99,12 +99,9 @@ def _profiled(model: ModelFigures) -> str:
         f"{plan.topology.num_nodes} node{'s' if plan.topology.num_nodes > 1 else ''}."
     )
     sizes = {name: size for name, size in found["domains"].items() if size}
-    body = (
-        table(["text", "tokens"], [[name, f"{size:,}"] for name, size in sizes.items()])
-        if sizes
-        else ""
-    )
-    return f"<h3>What was profiled</h3><p>{sentence}</p>{body}"
+    chips = "".join(f"<li>{escape(name)} <b>{size:,}</b></li>" for name, size in sizes.items())
+    listed = f'<ul class="chips" aria-label="Tokens by kind of text">{chips}</ul>' if sizes else ""
+    return f"<h3>What was profiled</h3><p>{sentence}</p>{listed}"
 
 
 def _words() -> str:

@@ -32,7 +32,7 @@ h2 {
   border-top: 2px solid var(--ink);
 }
 h3 { font-size: 1.12rem; margin: 2.4rem 0 .3rem; }
-h4 { font-size: .92rem; margin: 0 0 .5rem; }
+h4 { font-size: .92rem; margin: .9rem 0 .3rem; } figure h4 { margin: 0 0 .5rem; }
 p { max-width: 46rem; margin: .3rem 0 .9rem; }
 p.lead { font-size: 1.1rem; }
 .muted, figcaption, caption { color: var(--muted); }
@@ -45,7 +45,7 @@ code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .tile b { display: block; font-size: 1.75rem; line-height: 1.2; letter-spacing: -.02em; }
 .tile b.good { color: var(--good); }
 .tile span { color: var(--muted); font-size: .85rem; line-height: 1.35; display: block; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: stretch; }
+.row { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: stretch; }
 figure {
   margin: .6rem 0; padding: .9rem 1rem; background: var(--card); border: 1px solid var(--rule);
   border-radius: 8px; break-inside: avoid; max-width: 100%; overflow-x: auto;
@@ -85,8 +85,11 @@ thead th { font-weight: 600; border-bottom: 1px solid var(--muted); vertical-ali
 tbody th { font-weight: 400; }
 td.good { color: var(--good); font-weight: 600; }
 td.bad { color: var(--over); font-weight: 600; }
-details { margin: .8rem 0; }
-summary { cursor: pointer; color: var(--s0); }
+.chips { list-style: none; padding: 0; margin: .4rem 0; display: flex; flex-wrap: wrap; gap: .4rem; }
+.chips li {
+  border: 1px solid var(--rule); background: var(--card); border-radius: 99px; font-size: .85rem;
+  padding: .1rem .7rem; font-variant-numeric: tabular-nums;
+}
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; font-size: .92rem; }
 dt { font-weight: 600; } dd { margin: 0; max-width: 42rem; }
 footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; }

@@ -154,15 +154,15 @@ def grid(
     columns: Sequence[str],
     most: float,
     digits: int = 1,
-    across: str = "",
 ) -> str:
     """A matrix as shaded cells with their numbers; numbers are left out where cells are many."""
-    cell = 46.0 if len(columns) <= 9 else 18.0
+    cell = 46.0 if len(columns) <= 10 else 18.0
     left = 16 + 6.6 * max(len(name) for name in rows)
-    top = 40.0 if across else 22.0
-    marks = [text(left, 12, across, "muted")] if across else []
-    for j, name in enumerate(columns):
-        marks.append(text(left + (j + 0.5) * cell, top - 7, name, "muted", "middle"))
+    top = 22.0
+    marks = [
+        text(left + (j + 0.5) * cell, top - 7, name, "muted", "middle")
+        for j, name in enumerate(columns)
+    ]
     for i, name in enumerate(rows):
         y = top + i * 30.0
         marks.append(text(left - 8, y + 19, name, "muted", "end"))
@@ -194,7 +194,7 @@ def load_strip(title: str, shares: Sequence[Sequence[float]], layer_ids: Sequenc
             share = shares[column][rank]
             kind = "over" if share > 1 else "under"
             tip = f"layer {layer}, rank {rank}: {share:.2f} of the mean load"
-            x, opacity = left + column * cell, min(1.0, 0.03 + abs(share - 1))
+            x, opacity = left + column * cell, min(1.0, 0.03 + 2.5 * abs(share - 1))
             marks.append(rect(x, y, cell - 1, 23, kind, tip, opacity=opacity))
     return chart(title, left + len(shares) * cell + 2, top + num_ranks * 24.0, marks)
 

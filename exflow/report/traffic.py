@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exflow.report.html import figure, folded, side_by_side, table
+from exflow.report.html import figure, side_by_side, table
 from exflow.report.svg import Bar, Line, bars, grid, lines, load_strip
 
 if TYPE_CHECKING:
@@ -54,13 +54,20 @@ def rows_section(model: ModelFigures) -> str:
             "Rows per token, summed over layers, for each protocol/plan. “load” is the busiest "
             "rank over the mean, averaged over layers: 1 is even.",
         )
-        + figure(
-            lines(
-                "Rows per token by layer", by_layer, x_label="MoE layer", y_label="rows per token"
-            ),
-            "Dispatch and combine of each layer.",
+        + side_by_side(
+            [
+                figure(
+                    lines(
+                        "Rows per token by layer",
+                        by_layer,
+                        x_label="MoE layer",
+                        y_label="rows per token",
+                    ),
+                    "Dispatch and combine of each layer.",
+                ),
+                _arms_table(model),
+            ]
         )
-        + folded("All figures", _arms_table(model))
     )
 
 
@@ -75,15 +82,18 @@ def _counted_on(model: ModelFigures) -> str:
 
 
 def _arms_table(model: ModelFigures) -> str:
+    names = ["dispatch", "combine", "total"]
+    if model.plans["linear"].topology.num_nodes > 1:
+        names += ["inter_node", "inter_node_dedup"]
     rows = []
     for arm in model.arms:
         per_token, imbalance = arm.traffic.rows_per_token(), arm.traffic.imbalance()
-        rows.append([arm.label, *per_token.values(), imbalance["mean"], imbalance["max"]])
-    names = [name.replace("_", " ") for name in model.baseline.traffic.rows_per_token()]
+        figures = [f"{per_token[name]:.2f}" for name in names]
+        rows.append([arm.label, *figures, f"{imbalance['mean']:.2f}", f"{imbalance['max']:.2f}"])
     return table(
-        ["arm", *names, "imbalance, mean", "imbalance, worst layer"],
+        ["protocol/plan", *(name.replace("_", " ") for name in names), "load", "worst layer"],
         rows,
-        caption="Rows per token, summed over layers",
+        caption="Rows per token, summed over layers; load: max / mean over ranks",
     )
 
 
@@ -103,7 +113,6 @@ def matrices_section(model: ModelFigures) -> str:
                 columns=ranks,
                 most=most,
                 digits=digits,
-                across="from rank (down) to rank (across)",
             ),
             f"{matrix.sum():.1f} rows per token in all",
             heading=arm.label,
@@ -111,8 +120,8 @@ def matrices_section(model: ModelFigures) -> str:
         for arm, matrix in zip(shown, matrices, strict=True)
     ]
     return (
-        "<h3>Who sends to whom</h3><p>Rows per token from rank to rank, dispatch and combine, "
-        f"all layers. One scale for all.</p>{side_by_side(pictures)}"
+        "<h3>Who sends to whom</h3><p>Rows per token from one rank (down) to another "
+        f"(across), dispatch and combine, all layers. One scale for all.</p>{side_by_side(pictures)}"
     )
 
 
@@ -133,7 +142,7 @@ def load_section(model: ModelFigures) -> str:
         )
     return (
         "<h3>Load per rank</h3><p>Routed (token, expert) pairs of each rank over the mean of the layer: "
-        "blue is below, orange above, and the stronger the further from even. Layers run across."
+        "blue is below, orange above, at full strength 40% from even. Layers run across."
         f"</p>{side_by_side(pictures)}"
     )
 
