@@ -1,18 +1,26 @@
-"""What plans are worth: figures on a trace, and strategies compared on held-out tokens."""
+"""What plans are worth: figures on a trace, strategies on held-out tokens, the null, the shift."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from placement.strategies import PlacementOptions, get_strategy
-from placement.traffic import Protocol, count_traffic, crossing_rate
+import numpy as np
+
+from placement.strategies import PlacementOptions, StrategyError, get_strategy
+from placement.traffic import count_traffic, crossing_rate, imbalance_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from placement.plan import PlacementPlan
     from placement.topology import Topology
     from placement.trace import RoutingTrace
+    from placement.traffic import Protocol, Traffic
+
+DRAWS = 1000
 
 
 def measure(
@@ -43,9 +51,16 @@ def measure(
         "rows_per_token": rows,
         "crossing_rate": crossing_rate(trace, plan),
         "imbalance": traffic.imbalance(),
+        "node_imbalance": node_imbalance(traffic, plan.topology),
         "kv_bytes_per_token": kv,
         "bytes_per_token": None if row_bytes is None else rows["total"] * row_bytes + (kv or 0),
     }
+
+
+def node_imbalance(traffic: Traffic, topology: Topology) -> float:
+    """Max / mean load over nodes, mean over layers."""
+    by_node = traffic.load.reshape(-1, topology.num_nodes, topology.ranks_per_node).sum(axis=2)
+    return float(imbalance_of(by_node).mean())
 
 
 def compare_strategies(
@@ -58,30 +73,147 @@ def compare_strategies(
 ) -> list[dict[str, Any]]:
     """Fits every strategy on half of the sequences and measures it on the others.
 
-    The first row is linear placement under `home`, what engines do by default.
+    The first row is linear placement under `home`, what engines do by default. A strategy that
+    finds no plan has a row that says why.
     """
     fit, held_out = trace.split()
-    rows = []
+    if options.token_weights is not None:
+        fits = np.isin(trace.sequence_ids, np.unique(fit.sequence_ids))
+        options = replace(options, token_weights=options.token_weights[fits])
+    rows: list[dict[str, Any]] = []
     for name in names:
-        plan = get_strategy(name)(fit, topology, slots_per_rank=slots_per_rank, options=options)
-        protocols: list[Protocol] = ["home", options.protocol] if name == "linear" else []
-        for protocol in dict.fromkeys(protocols or [options.protocol]):
-            figures = measure(
-                held_out, plan, protocol=protocol, coherence_domain=options.coherence_domain
-            )
+        try:
+            plan = get_strategy(name)(fit, topology, slots_per_rank=slots_per_rank, options=options)
+        except StrategyError as error:
+            rows.append({"plan": name, "error": str(error)})
+            continue
+        for protocol in _protocols(name, options.protocol):
+            domain = options.coherence_domain if protocol == "coherent" else None
+            figures = measure(held_out, plan, protocol=protocol, coherence_domain=domain)
             rows.append({"plan": f"{name}, {protocol}", **figures})
     return rows
+
+
+def _protocols(name: str, protocol: Protocol) -> list[Protocol]:
+    both: list[Protocol] = ["home", protocol] if name == "linear" else [protocol]
+    return list(dict.fromkeys(both))
+
+
+def bootstrap_change(
+    trace: RoutingTrace, before: Traffic, after: Traffic, *, seed: int = 0
+) -> dict[str, float]:
+    """Relative change of rows per token, with the 95% interval of a bootstrap over sequences."""
+    index = np.unique(trace.sequence_ids, return_inverse=True)[1]
+    sums = np.stack([np.bincount(index, weights=t.rows_of_token) for t in (before, after)])
+    count = sums.shape[1]
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS) @ sums.T
+    changes = draws[:, 1] / draws[:, 0] - 1
+    low, high = np.quantile(changes, [0.025, 0.975])
+    return {
+        "change": float(sums[1].sum() / sums[0].sum() - 1),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def evaluate_null(
+    trace: RoutingTrace,
+    topology: Topology,
+    *,
+    slots_per_rank: int | None = None,
+    options: PlacementOptions | None = None,
+) -> dict[str, float]:
+    """Change of rows by `affinity` against `random` where layers are shuffled: no affinity is left.
+
+    Tokens are shuffled in each layer, in the fitting and in the held-out half. What remains is
+    what load alone allows; without replicas that is nothing but the expected fan-out, so the plan
+    is compared with `random` under the same protocol.
+    """
+    fit, held_out = (half.shuffled_layers(seed) for seed, half in enumerate(trace.split()))
+    plans = [
+        get_strategy(name)(fit, topology, slots_per_rank=slots_per_rank, options=options)
+        for name in ("random", "affinity")
+    ]
+    traffic = [count_traffic(held_out, plan) for plan in plans]
+    return bootstrap_change(held_out, *traffic)
+
+
+def domain_shift(
+    trace: RoutingTrace,
+    topology: Topology,
+    *,
+    slots_per_rank: int | None = None,
+    options: PlacementOptions | None = None,
+    min_sequences: int = 8,
+) -> dict[str, Any]:
+    """Gain over linear of plans fitted on each domain, and on all, measured on each domain.
+
+    Each domain is split by sequence; domains with fewer than `min_sequences` are left out. The plan
+    for all domains gives each of them the same weight.
+
+    Returns:
+        `domains`; `gain`, by fitted domain ("all" last), of each measured domain; `kept`, the gain
+        as a share of the gain of the domain's own plan.
+    """
+    names = [d for d in trace.domains if _sequences_of(trace, d) >= min_sequences]
+    halves = {name: trace.domain(name).split() for name in names}
+    options = options or PlacementOptions()
+    place, linear = get_strategy("affinity"), get_strategy("linear")
+    base = linear(trace, topology)
+    plans = {
+        name: place(halves[name][0], topology, slots_per_rank=slots_per_rank, options=options)
+        for name in names
+    }
+    fits = np.isin(
+        trace.sequence_ids, [s for fit, _ in halves.values() for s in np.unique(fit.sequence_ids)]
+    )
+    everything = trace.select(fits)
+    weighted = replace(options, token_weights=domain_weights(everything))
+    plans["all"] = place(everything, topology, slots_per_rank=slots_per_rank, options=weighted)
+    gain = {
+        fitted: {name: _gain(halves[name][1], base, plan) for name in names}
+        for fitted, plan in plans.items()
+    }
+    kept = {
+        fitted: {name: row[name] / gain[name][name] if gain[name][name] else 1.0 for name in names}
+        for fitted, row in gain.items()
+    }
+    return {"domains": names, "gain": gain, "kept": kept}
+
+
+def domain_weights(trace: RoutingTrace) -> NDArray[np.float32]:
+    """(tokens,) weights that give every domain of a trace the same total."""
+    if trace.domain_ids is None:
+        return np.ones(trace.num_tokens, dtype=np.float32)
+    counts = np.bincount(trace.domain_ids)
+    mean = trace.num_tokens / np.count_nonzero(counts)
+    return (mean / counts[trace.domain_ids]).astype(np.float32)
+
+
+def _sequences_of(trace: RoutingTrace, domain: str) -> int:
+    if trace.domain_ids is None:
+        return 0
+    of_domain = trace.domain_ids == trace.domains.index(domain)
+    return len(np.unique(trace.sequence_ids[of_domain]))
+
+
+def _gain(trace: RoutingTrace, base: PlacementPlan, plan: PlacementPlan) -> float:
+    rows = [count_traffic(trace, p).rows_per_token()["total"] for p in (base, plan)]
+    return 1 - rows[1] / rows[0]
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Figures of `measure` as text, one line a plan."""
     width = max(len(row["plan"]) for row in rows)
-    base = rows[0]["rows_per_token"]["total"]
+    base = next(row["rows_per_token"]["total"] for row in rows if "error" not in row)
     head = f"{'':{width}}  rows/token  vs first  inter-node  crossing  imbalance mean  max"
     return "\n".join([head, *(_line(row, width, base) for row in rows)])
 
 
 def _line(row: Mapping[str, Any], width: int, base: float) -> str:
+    if "error" in row:
+        return f"{row['plan']:{width}}  {row['error']}"
     total = row["rows_per_token"]["total"]
     change = f"{100 * (total / base - 1):+.1f}%" if base else "-"
     return (

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from placement.strategies import PlacementOptions
+    from placement.topology import Topology
+    from placement.trace import RoutingTrace
+
+TABLE = ("linear", "round_robin", "balanced", "exflow_milp")
+TABLE_SOLVER_SECONDS = 5.0
 
 
 def place(
@@ -14,7 +25,10 @@ def place(
     nodes: Annotated[int, typer.Option(help="Nodes of the cluster.")] = 1,
     ranks_per_node: Annotated[int, typer.Option(help="Ranks (GPUs) of a node.")] = 4,
     strategy: Annotated[
-        str, typer.Option(help="linear, round_robin, random or affinity.")
+        str,
+        typer.Option(
+            help="linear, round_robin, random, balanced, exflow_milp, moetuner, metis or affinity."
+        ),
     ] = "affinity",
     slots_per_rank: Annotated[
         int | None, typer.Option(help="Experts a rank can hold; more than needed: replicas.")
@@ -33,17 +47,33 @@ def place(
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which the best plan so far is taken.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="A plan to start from instead of a fresh one.")
+    ] = None,
+    max_moves: Annotated[
+        int | None, typer.Option(help="With --from: copies that may be somewhere new.")
+    ] = None,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Keep the copies of an expert on different nodes.")
+    ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="What each trace counts for in all, such as 3,1.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option(help="Also fit on half of the sequences and measure on the others.")
     ] = True,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Add intervals, the null and the domain shift.")
+    ] = False,
 ) -> None:
     """Place the experts of a model: write a plan, print what it is worth on held-out tokens."""
-    from placement.evaluation import compare_strategies, format_table
-    from placement.interop.counts import COUNTS, LOAD_STRATEGIES, require_routing
-    from placement.strategies import PlacementOptions, get_strategy
+    from placement.plan import PlacementPlan
+    from placement.strategies import PlacementOptions
     from placement.topology import Topology
     from placement.trace import RoutingTrace, merge_traces
 
+    parts = [RoutingTrace.load(path) for path in traces]
+    trace = merge_traces(parts)
     options = PlacementOptions(
         seed=seed,
         max_imbalance=max_imbalance,
@@ -51,20 +81,122 @@ def place(
         coherence_domain=coherence_domain,
         effort=effort,
         time_limit=time_limit,
+        start=None if start is None else PlacementPlan.load(start),
+        max_moves=max_moves,
+        spread=spread,
+        token_weights=None if weights is None else _token_weights(parts, weights),
     )
-    trace = merge_traces([RoutingTrace.load(path) for path in traces])
-    if strategy.replace("-", "_") not in LOAD_STRATEGIES:
-        require_routing(trace, f"strategy {strategy}")
     topology = Topology(num_nodes=nodes, ranks_per_node=ranks_per_node)
+    _write_plan(output, strategy, trace, topology, slots_per_rank, options)
+    if compare and trace.num_sequences > 1:
+        _show_table(strategy, trace, topology, slots_per_rank, options)
+    if evaluate:
+        _show_evaluation(trace, topology, slots_per_rank, options)
+
+
+def _token_weights(parts: list[RoutingTrace], weights: str) -> NDArray[np.float32]:
+    """(tokens,) weights whose total is the same for all traces but for the factors given."""
+    import numpy as np
+
+    from placement.strategies import StrategyError
+
+    try:
+        factors = [float(word) for word in weights.split(",")]
+    except ValueError:
+        factors = []
+    if len(factors) != len(parts) or not all(0 < f < float("inf") for f in factors):
+        msg = f"--weights needs a number above 0 for each of {len(parts)} traces, got {weights!r}"
+        raise StrategyError(msg)
+    tokens = sum(part.num_tokens for part in parts)
+    shares = [f / sum(factors) * tokens / p.num_tokens for f, p in zip(factors, parts, strict=True)]
+    return np.repeat(np.array(shares, np.float32), [part.num_tokens for part in parts])
+
+
+def _write_plan(
+    output: Path,
+    strategy: str,
+    trace: RoutingTrace,
+    topology: Topology,
+    slots_per_rank: int | None,
+    options: PlacementOptions,
+) -> None:
+    from dataclasses import replace
+
+    from placement.bounds import lower_bound
+    from placement.strategies import get_strategy
+    from placement.traffic import count_traffic
+
     plan = get_strategy(strategy)(trace, topology, slots_per_rank=slots_per_rank, options=options)
+    setting: dict[str, Any] = {
+        "protocol": options.protocol,
+        "coherence_domain": options.coherence_domain,
+    }
+    traffic = count_traffic(trace, plan, **setting)
+    rows = traffic.rows_per_token()["total"]
+    fullest = max(len(experts) for ranks in plan.slots for experts in ranks)
+    bound = lower_bound(trace, topology, slots_per_rank=fullest, **setting).summary(rows)
+    predicted = {**plan.predicted, "rows_per_token": round(rows, 4)}
+    plan = replace(plan, predicted=predicted, bound=bound)
     plan.save(output)
+    imbalance = traffic.imbalance()
     typer.echo(
-        f"{output}: {plan.strategy.name}, {topology.num_ranks} ranks, {plan.num_slots} slots"
+        f"{output}: {plan.strategy.name}, {topology.num_ranks} ranks, {plan.num_slots} slots\n"
+        f"{rows:.2f} rows/token at imbalance {imbalance['mean']:.3f} on the trace itself; no plan "
+        f"without a load cap goes below {bound['rows_per_token']:.2f} ({bound['method']} bound, "
+        f"gap {100 * bound['gap']:.0f}%)"
     )
-    if compare and trace.num_sequences > 1 and trace.phase != COUNTS:
-        names = list(dict.fromkeys(["linear", "round_robin", strategy]))
-        rows = compare_strategies(
-            trace, topology, names, slots_per_rank=slots_per_rank, options=options
-        )
-        typer.echo("\nheld-out tokens (plans fitted on the other half of the sequences)")
-        typer.echo(format_table(rows))
+
+
+def _show_table(
+    strategy: str,
+    trace: RoutingTrace,
+    topology: Topology,
+    slots_per_rank: int | None,
+    options: PlacementOptions,
+) -> None:
+    from dataclasses import replace
+
+    from placement.evaluation import compare_strategies, format_table
+
+    fresh = replace(options, start=None, max_moves=None)
+    quick = replace(fresh, time_limit=min(options.time_limit or 1e9, TABLE_SOLVER_SECONDS))
+    baselines = [name for name in TABLE if name != strategy.replace("-", "_")]
+    common: dict[str, Any] = {"slots_per_rank": slots_per_rank}
+    rows = compare_strategies(trace, topology, baselines, options=quick, **common)
+    rows += compare_strategies(trace, topology, [strategy], options=fresh, **common)
+    typer.echo("\nheld-out tokens (plans fitted on the other half of the sequences)")
+    typer.echo(format_table(rows))
+
+
+def _show_evaluation(
+    trace: RoutingTrace, topology: Topology, slots_per_rank: int | None, options: PlacementOptions
+) -> None:
+    from dataclasses import replace
+
+    from placement.evaluation import bootstrap_change, domain_shift, evaluate_null
+    from placement.strategies import get_strategy
+    from placement.traffic import count_traffic
+
+    fresh = replace(options, start=None, max_moves=None, token_weights=None)
+    common: dict[str, Any] = {"slots_per_rank": slots_per_rank, "options": fresh}
+    fit, held_out = trace.split()
+    linear, affinity = (get_strategy(n)(fit, topology, **common) for n in ("linear", "affinity"))
+    home = count_traffic(held_out, linear, protocol="home")
+    here = count_traffic(
+        held_out,
+        affinity,
+        protocol=options.protocol,
+        coherence_domain=options.coherence_domain,
+    )
+    _show_change("affinity against linear, home", bootstrap_change(held_out, home, here))
+    null = evaluate_null(trace, topology, **common)
+    _show_change("null: affinity against random, tokens shuffled in each layer", null)
+    shift = domain_shift(trace, topology, **common)
+    for fitted, row in shift["kept"].items():
+        kept = "  ".join(f"{name} {100 * share:.0f}%" for name, share in row.items())
+        typer.echo(f"fitted on {fitted}: gain kept on {kept}")
+
+
+def _show_change(what: str, change: dict[str, float]) -> None:
+    low, high = 100 * change["low"], 100 * change["high"]
+    typer.echo(f"{what}: {100 * change['change']:+.1f}% rows (95%: {low:+.1f} to {high:+.1f})")

@@ -5,151 +5,149 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from placement.search.jit import Array, kernel
-from placement.search.moves import draw, excess, forget, put, reroute
-from placement.search.walk import ONE, has_bit
+from placement.search.jit import kernel
+from placement.search.moves import (
+    REFUSED,
+    draw,
+    excess,
+    may_hold,
+    put,
+    reroute,
+    settle,
+)
+from placement.search.walk import ONE, count_bits
 
 if TYPE_CHECKING:
-    from placement.search.state import Flow, Layout, Limits, Machine, Scratch, Tokens
+    from placement.search.state import Problem
+
+DRAWS = 1 << 30
 
 
 @kernel
-def propose_rank(
-    tokens: Tokens, flow: Flow, scratch: Scratch, layer: int, rank: int, expert: int
-) -> int:
+def propose_rank(problem: Problem, layer: int, rank: int, expert: int) -> int:
     """A rank to move an expert to: mostly one that a random token of the expert visits."""
+    tokens, flow, rng = problem.tokens, problem.flow, problem.scratch.rng
     layers, _, top_k = flow.choice.shape
-    width = flow.load.shape[1]
     first, last = tokens.start[layer, expert], tokens.start[layer, expert + 1]
-    if last > first and draw(scratch.rng, 4) > 0:
-        token = tokens.users[layer, first + draw(scratch.rng, last - first)]
-        near = layer + draw(scratch.rng, 4) - 2
+    if last > first and draw(rng, 4) > 0:
+        token = tokens.users[layer, first + draw(rng, last - first)]
+        near = layer + draw(rng, 4) - 2
         if near < layer - 1 or near < 0 or near >= layers:
             near = layer
-        target = flow.choice[near, token, draw(scratch.rng, top_k)]
+        target = flow.choice[near, token, draw(rng, top_k)]
         if target != rank:
             return int(target)
-    target = draw(scratch.rng, width - 1)
+    target = draw(rng, flow.load.shape[1] - 1)
     return int(target + (target >= rank))
 
 
 @kernel
-def try_change(
-    tokens: Tokens,
-    machine: Machine,
-    layout: Layout,
-    flow: Flow,
-    limits: Limits,
-    scratch: Scratch,
-    layer: int,
-    a: int,
-    b: int,
-    temperature: float,
-    penalty: float,
-) -> float:
-    """Keeps or refuses a change already made to the layout: its cost change, or infinity."""
-    bar = -temperature * math.log((1.0 + draw(scratch.rng, 1 << 30)) / (1 << 30))
-    zero = scratch.load
-    before = excess(flow.load, zero, limits, layer) * penalty
-    change = reroute(tokens, machine, layout, flow, scratch, layer, a, b, bar + before, False)
-    if change < 1e299:
-        after = 0.0
+def is_kept(
+    problem: Problem, layer: int, a: int, b: int, new: int, heat: tuple[float, float]
+) -> bool:
+    """Keeps or refuses a change of experts a and b already made to the layout.
+
+    `new` copies are where none was before the search; heat is temperature and price of excess.
+    """
+    scratch, penalty = problem.scratch, heat[1]
+    if new > 0 and scratch.moved[0] + new > problem.limits.budget[0]:
+        return False
+    scratch.last[0] = layer
+    bar = -heat[0] * math.log((1.0 + draw(scratch.rng, DRAWS)) / DRAWS)
+    before = excess(problem, layer, False)
+    change = reroute(problem, layer, a, b, bar + penalty * before, False)
+    after = 0.0
+    if change < REFUSED:
         for touched in range(layer, scratch.last[0] + 1):
-            after += excess(flow.load, scratch.load, limits, touched) * penalty
-        end = scratch.last[0]
-        for touched in range(layer + 1, end + 1):
-            before += _excess_now(flow.load, limits, touched) * penalty
-        if change + after - before <= bar:
-            for touched in range(layer, end + 1):
-                for rank in range(flow.load.shape[1]):
-                    flow.load[touched, rank] += scratch.load[touched, rank]
-            reroute(tokens, machine, layout, flow, scratch, layer, a, b, 0.0, True)
-            forget(scratch, layer)
-            return change
-    forget(scratch, layer)
-    return 1e300
+            after += excess(problem, touched, True)
+            if touched > layer:
+                before += excess(problem, touched, False)
+    keep = change + penalty * (after - before) <= bar
+    settle(problem, layer, keep)
+    if keep:
+        scratch.moved[0] += new
+        reroute(problem, layer, a, b, 0.0, True)
+        _forget(problem, layer)
+    return keep
 
 
 @kernel
-def _excess_now(load: Array, limits: Limits, layer: int) -> float:
-    over, node_load = 0.0, 0.0
-    width = load.shape[1]
-    for rank in range(width):
-        over += max(0.0, load[layer, rank] - limits.rank_load[layer])
-        node_load += load[layer, rank]
-        if rank + 1 == width or limits.node_of_rank[rank + 1] != limits.node_of_rank[rank]:
-            over += max(0.0, node_load - limits.node_load[layer])
-            node_load = 0.0
-    return over
+def _forget(problem: Problem, layer: int) -> None:
+    """Clears what committing added to the load changes once more."""
+    change = problem.scratch.load
+    for touched in range(layer, change.shape[0]):
+        for rank in range(change.shape[1]):
+            change[touched, rank] = 0.0
 
 
 @kernel
-def anneal(
-    tokens: Tokens,
-    machine: Machine,
-    layout: Layout,
-    flow: Flow,
-    limits: Limits,
-    scratch: Scratch,
-    moves: int,
-    temperature: float,
-    penalty: float,
-) -> int:
+def count_new(problem: Problem, layer: int, expert: int) -> int:
+    """Copies of an expert (-1: none) on ranks that had none before the search."""
+    if expert < 0:
+        return 0
+    return int(
+        count_bits(problem.layout.hosts[layer, expert] & ~problem.limits.origin[layer, expert])
+    )
+
+
+@kernel
+def try_replica(
+    problem: Problem, layer: int, place: tuple[int, int], a: int, heat: tuple[float, float]
+) -> bool:
+    """Tries a copy of expert a in place of a spare copy or nothing."""
+    rank, slot = place
+    b = problem.layout.slots[layer, rank, slot]
+    hosts_b = problem.layout.hosts[layer, max(b, 0)]
+    if (b >= 0 and (hosts_b & (hosts_b - ONE)) == 0) or not may_hold(problem, layer, a, rank, -1):
+        return False
+    old = count_new(problem, layer, a) + count_new(problem, layer, b)
+    put(problem.layout, layer, rank, slot, a)
+    new = count_new(problem, layer, a) + count_new(problem, layer, b) - old
+    if is_kept(problem, layer, a, b, new, heat):
+        return True
+    put(problem.layout, layer, rank, slot, b)
+    return False
+
+
+@kernel
+def try_swap(
+    problem: Problem,
+    layer: int,
+    place: tuple[int, int],
+    other: tuple[int, int],
+    heat: tuple[float, float],
+) -> bool:
+    """Tries to exchange the experts of two slots; one of them may be empty."""
+    layout = problem.layout
+    a, b = layout.slots[layer, place[0], place[1]], layout.slots[layer, other[0], other[1]]
+    if not may_hold(problem, layer, a, other[0], place[0]):
+        return False
+    if not may_hold(problem, layer, b, place[0], other[0]):
+        return False
+    old = count_new(problem, layer, a) + count_new(problem, layer, b)
+    put(layout, layer, place[0], place[1], b)
+    put(layout, layer, other[0], other[1], a)
+    new = count_new(problem, layer, a) + count_new(problem, layer, b) - old
+    if is_kept(problem, layer, a, b, new, heat):
+        return True
+    put(layout, layer, other[0], other[1], b)
+    put(layout, layer, place[0], place[1], a)
+    return False
+
+
+@kernel
+def anneal(problem: Problem, moves: int, temperature: float, penalty: float) -> int:
     """Tries `moves` random changes at one temperature; how many were kept."""
-    layers, width, num_slots = layout.slots.shape
-    kept = 0
+    layers, width, num_slots = problem.layout.slots.shape
+    rng, heat, kept = problem.scratch.rng, (temperature, penalty), 0
     for _ in range(moves):
-        layer, rank, slot = (
-            draw(scratch.rng, layers),
-            draw(scratch.rng, width),
-            draw(scratch.rng, num_slots),
-        )
-        a = layout.slots[layer, rank, slot]
-        if a < 0:
+        layer, rank, slot = draw(rng, layers), draw(rng, width), draw(rng, num_slots)
+        a = problem.layout.slots[layer, rank, slot]
+        if a < 0 or width == 1:
             continue
-        other = propose_rank(tokens, flow, scratch, layer, rank, a)
-        if has_bit(layout.hosts[layer, a], other):
-            continue
-        scratch.last[0] = layer
-        other_slot = draw(scratch.rng, num_slots)
-        b = layout.slots[layer, other, other_slot]
-        copies = limits.replicas[0] > 0 and (
-            b < 0 or (layout.hosts[layer, b] & (layout.hosts[layer, b] - ONE)) != 0
-        )
-        if copies and draw(scratch.rng, 2) == 0:
-            put(layout, layer, other, other_slot, a)
-            if (
-                try_change(
-                    tokens,
-                    machine,
-                    layout,
-                    flow,
-                    limits,
-                    scratch,
-                    layer,
-                    a,
-                    b,
-                    temperature,
-                    penalty,
-                )
-                < 1e299
-            ):
-                kept += 1
-            else:
-                put(layout, layer, other, other_slot, b)
-            continue
-        if b >= 0 and has_bit(layout.hosts[layer, b], rank):
-            continue
-        put(layout, layer, rank, slot, b)
-        put(layout, layer, other, other_slot, a)
-        if (
-            try_change(
-                tokens, machine, layout, flow, limits, scratch, layer, a, b, temperature, penalty
-            )
-            < 1e299
-        ):
-            kept += 1
+        other = (propose_rank(problem, layer, rank, a), draw(rng, num_slots))
+        if problem.limits.replicas[0] > 0 and draw(rng, 2) == 0:
+            kept += try_replica(problem, layer, other, a, heat)
         else:
-            put(layout, layer, other, other_slot, b)
-            put(layout, layer, rank, slot, a)
+            kept += try_swap(problem, layer, (rank, slot), other, heat)
     return kept

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placement.search.jit import Array, Number, kernel
-from placement.search.walk import ONE, visit
+from placement.search.walk import ONE, has_bit, visit
 
 if TYPE_CHECKING:
-    from placement.search.state import Flow, Layout, Limits, Machine, Scratch, Tokens
+    from placement.search.state import Layout, Problem
 
 FIRST_CHECK = 48
+REFUSED = 1e300
 
 
 @kernel
@@ -28,7 +29,7 @@ def draw(rng: Array, stop: int) -> int:
 
 @kernel
 def put(layout: Layout, layer: int, rank: int, slot: int, expert: int) -> None:
-    """Puts an expert (or EMPTY) into a slot and keeps the list of copies true."""
+    """Puts an expert (or EMPTY) into a slot and keeps the bits of copies true."""
     old = layout.slots[layer, rank, slot]
     layout.slots[layer, rank, slot] = expert
     if old >= 0:
@@ -38,27 +39,37 @@ def put(layout: Layout, layer: int, rank: int, slot: int, expert: int) -> None:
 
 
 @kernel
-def follow(
-    tokens: Tokens,
-    machine: Machine,
-    layout: Layout,
-    flow: Flow,
-    scratch: Scratch,
-    layer: int,
-    token: int,
-    commit: bool,
-) -> Number:
+def may_hold(problem: Problem, layer: int, expert: int, rank: int, leaves: int) -> bool:
+    """Whether a rank may take a copy of an expert (-1: none) that leaves another rank (-1: none)."""
+    if expert < 0:
+        return True
+    hosts = problem.layout.hosts[layer, expert]
+    if has_bit(hosts, rank):
+        return False
+    if problem.limits.spread[0] == 0:
+        return True
+    if leaves >= 0:
+        hosts = hosts & ~(ONE << np.uint64(leaves))
+    node = problem.machine.node_of_rank[rank]
+    return bool((hosts & problem.machine.ranks_of_node[node]) == 0)
+
+
+@kernel
+def follow(problem: Problem, layer: int, token: int, commit: bool) -> Number:
     """Routes a token again from a layer on until it is back on its old way; the cost change.
 
     Load changes are added to `scratch.load`; `scratch.last[0]` becomes the last layer touched.
     """
+    tokens, flow, scratch = problem.tokens, problem.flow, problem.scratch
     layers, top_k = flow.choice.shape[0], flow.choice.shape[2]
     weight = tokens.weight[token]
     owner = np.int64(flow.owner[layer, token])
     choice = scratch.choice
     change = 0.0
     while True:
-        moved, cost = visit(layer, token, owner, tokens.expert_ids, layout.hosts, machine, choice)
+        moved, cost = visit(
+            layer, token, owner, tokens.expert_ids, problem.layout.hosts, problem.machine, choice
+        )
         change += cost - flow.cost[layer, token]
         for k in range(top_k):
             old = flow.choice[layer, token, k]
@@ -71,8 +82,7 @@ def follow(
         if commit:
             flow.cost[layer, token] = cost
             flow.owner[layer + 1, token] = moved
-        if layer > scratch.last[0]:
-            scratch.last[0] = layer
+        scratch.last[0] = max(scratch.last[0], layer)
         layer += 1
         if moved == old_owner or layer == layers:
             return change * weight
@@ -80,42 +90,31 @@ def follow(
 
 
 @kernel
-def reroute(
-    tokens: Tokens,
-    machine: Machine,
-    layout: Layout,
-    flow: Flow,
-    scratch: Scratch,
-    layer: int,
-    a: int,
-    b: int,
-    limit: float,
-    commit: bool,
-) -> Number:
+def reroute(problem: Problem, layer: int, a: int, b: int, limit: float, commit: bool) -> float:
     """Cost change of the tokens that use expert a or b at a layer (-1: none).
 
     Tokens are in random order, so the first ones tell what all will cost: a change that is
-    above `limit` by three standard errors is given up early (infinity is returned).
+    above `limit` by three standard errors is given up early (REFUSED is returned).
     """
-    users, start = tokens.users[layer], tokens.start[layer]
-    i, i_end, j, j_end = 0, 0, 0, 0
+    users, start = problem.tokens.users, problem.tokens.start
+    i, i_end, j, j_end = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     if a >= 0:
-        i, i_end = start[a], start[a + 1]
+        i, i_end = start[layer, a], start[layer, a + 1]
     if b >= 0:
-        j, j_end = start[b], start[b + 1]
+        j, j_end = start[layer, b], start[layer, b + 1]
     total = i_end - i + j_end - j
     done, check, change, squares = 0, FIRST_CHECK, 0.0, 0.0
     while i < i_end or j < j_end:
-        if j == j_end or (i < i_end and users[i] < users[j]):
-            token = users[i]
+        if j == j_end or (i < i_end and users[layer, i] < users[layer, j]):
+            token = users[layer, i]
             i += 1
         else:
-            token = users[j]
-            if i < i_end and users[i] == token:
+            token = users[layer, j]
+            if i < i_end and users[layer, i] == token:
                 i += 1
                 done += 1
             j += 1
-        step = follow(tokens, machine, layout, flow, scratch, layer, token, commit)
+        step = follow(problem, layer, token, commit)
         done += 1
         change += step
         squares += step * step
@@ -124,32 +123,36 @@ def reroute(
             mean = change / done
             spread = (squares / done - mean * mean) * (1.0 / done) * (1.0 - done / total)
             if spread >= 0.0 and mean - 3.0 * spread**0.5 > limit / total:
-                return 1e300
+                return REFUSED
     return change
 
 
 @kernel
-def forget(scratch: Scratch, layer: int) -> None:
-    """Clears the load changes of the layers touched."""
-    for touched in range(layer, scratch.last[0] + 1):
-        for rank in range(scratch.load.shape[1]):
-            scratch.load[touched, rank] = 0.0
-    scratch.last[0] = layer
+def settle(problem: Problem, layer: int, keep: bool) -> None:
+    """Clears the load changes of the layers touched, after adding them to the load or not."""
+    load, change = problem.flow.load, problem.scratch.load
+    for touched in range(layer, problem.scratch.last[0] + 1):
+        for rank in range(load.shape[1]):
+            if keep:
+                load[touched, rank] += change[touched, rank]
+            change[touched, rank] = 0.0
+    problem.scratch.last[0] = layer
 
 
 @kernel
-def excess(load: Array, change: Array, limits: Limits, layer: int) -> float:
-    """Token load above the caps of ranks and nodes at one layer, after a change of load."""
-    over, node, node_load = 0.0, 0, 0.0
+def excess(problem: Problem, layer: int, changed: bool) -> float:
+    """Token load above the caps of ranks and nodes at one layer, now or after the change."""
+    load, limits = problem.flow.load, problem.limits
+    node_of_rank = problem.machine.node_of_rank
+    over, node_load = 0.0, 0.0
     width = load.shape[1]
     for rank in range(width):
-        value = load[layer, rank] + change[layer, rank]
-        if value > limits.rank_load[layer]:
-            over += value - limits.rank_load[layer]
+        value = load[layer, rank]
+        if changed:
+            value += problem.scratch.load[layer, rank]
+        over += max(0.0, value - limits.rank_load[layer])
         node_load += value
-        node = limits.node_of_rank[rank]
-        if rank + 1 == width or limits.node_of_rank[rank + 1] != node:
-            if node_load > limits.node_load[layer]:
-                over += node_load - limits.node_load[layer]
+        if rank + 1 == width or node_of_rank[rank + 1] != node_of_rank[rank]:
+            over += max(0.0, node_load - limits.node_load[layer])
             node_load = 0.0
     return over

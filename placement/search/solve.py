@@ -1,4 +1,4 @@
-"""From tokens to a layout: annealing with falling temperature under caps that hold elsewhere."""
+"""From tokens to a layout: annealing with falling temperature, under caps that hold elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from placement.search.state import (
     Layout,
     Limits,
     Machine,
+    Problem,
     Tokens,
     first_tokens,
     make_flow,
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOVES_PER_EXPERT = 12
-HEADROOM = 0.7
+VISITS_PER_STEP = 4e7
+HEADROOM = 0.75
 LOW_PENALTY, HIGH_PENALTY = 2.0, 20.0
 ALL = 1 << 40
 
@@ -38,23 +40,36 @@ class Stage(NamedTuple):
     sample: int
 
 
-STAGES = (
-    Stage(0.4, 0.1, 14, 2500),
-    Stage(0.1, 0.03, 12, 8000),
-    Stage(0.03, 0.008, 10, ALL),
-)
+REPLICA_STAGES = (Stage(0.2, 0.05, 14, 4000), Stage(0.05, 0.02, 8, 8000))
+STAGES = (Stage(0.02, 0.005, 10, ALL),)
 
 
 @dataclass(kw_only=True)
 class Search:
-    """A layout under search, with all that the compiled loops need."""
+    """A layout under search, with all that the compiled loops need.
+
+    Attributes:
+        tokens: the tokens, in random order.
+        machine: ranks and prices.
+        layout: where experts are; changes as the search goes on.
+        origin: uint64 (L, E) where copies were at first.
+        sequence: (T,) sequence of each token, counted from 0.
+        seed: of all random choices.
+        replicas: whether experts may have several copies.
+        spread: whether copies must be on different nodes.
+        max_moves: copies that may be somewhere new; None: any number.
+        deadline: when to stop, by `time.monotonic`; None: never.
+    """
 
     tokens: Tokens
     machine: Machine
     layout: Layout
+    origin: NDArray[np.uint64]
     sequence: NDArray[np.int64]
-    replicas: bool
     seed: int
+    replicas: bool
+    spread: bool = False
+    max_moves: int | None = None
     deadline: float | None = None
 
     @property
@@ -67,43 +82,58 @@ class Search:
         return make_flow(self.tokens, self.machine, self.layout)
 
     def limits(self, flow: Flow, cap: float, node_cap: float) -> Limits:
-        """Caps on load as absolute numbers."""
+        """Caps on load as absolute numbers, and the rules of this search."""
         total = flow.load.sum(axis=1)
-        nodes = int(self.machine.node_of_rank[-1]) + 1
+        nodes = len(self.machine.ranks_of_node)
         return Limits(
             rank_load=total * (cap / len(self.machine.node_of_rank)),
             node_load=total * (node_cap / nodes if nodes > 1 else np.inf),
-            node_of_rank=self.machine.node_of_rank,
+            origin=self.origin,
             replicas=np.array([int(self.replicas)]),
+            spread=np.array([int(self.spread)]),
+            budget=np.array([1 << 40 if self.max_moves is None else self.max_moves]),
         )
 
-    def cool(
-        self, stage: Stage, *, moves: int, caps: tuple[float, float], penalty: tuple[float, float]
-    ) -> None:
-        """Anneals on a sample of the tokens; the price of excess load rises as it cools."""
+    def problem(self, sample: int, caps: tuple[float, float], seed: int) -> Problem:
+        """All that the loops need, on the first `sample` tokens."""
         experts = self.layout.hosts.shape[1]
-        _, count, top_k = self.tokens.expert_ids.shape
-        sample = min(stage.sample, count)
-        tokens = self.tokens if sample == count else first_tokens(self.tokens, sample, experts)
+        tokens = self.tokens
+        if sample < tokens.expert_ids.shape[1]:
+            tokens = first_tokens(tokens, sample, experts)
         flow = make_flow(tokens, self.machine, self.layout)
-        scratch = make_scratch(flow, seed=self.seed + stage.steps)
+        scratch = make_scratch(flow, seed=seed)
+        scratch.moved[0] = np.bitwise_count(self.layout.hosts & ~self.origin).sum()
         limits = self.limits(flow, *caps)
-        heats = np.geomspace(stage.hot, stage.cold, stage.steps) * (sample * top_k / experts)
-        prices = np.geomspace(*penalty, stage.steps)
+        return Problem(tokens, self.machine, self.layout, flow, limits, scratch)
+
+    def cool(self, stage: Stage, *, effort: float, caps: tuple[float, float], top: float) -> None:
+        """Anneals on a sample of the tokens; the price of excess load rises to `top`."""
+        layers, experts = self.layout.hosts.shape
+        _, count, top_k = self.tokens.expert_ids.shape
+        users = min(stage.sample, count) * top_k / experts
+        problem = self.problem(stage.sample, caps, self.seed + stage.steps)
+        moves = int(min(MOVES_PER_EXPERT * layers * experts, VISITS_PER_STEP / (48 + users / 5)))
+        heats = np.geomspace(stage.hot, stage.cold, stage.steps) * users
+        prices = np.geomspace(LOW_PENALTY, top, stage.steps)
         for heat, price in zip(heats, prices, strict=True):
             if self.is_late:
                 return
-            anneal(
-                *(tokens, self.machine, self.layout, flow, limits, scratch),
-                *(moves, float(heat), float(price)),
-            )
+            anneal(problem, max(1, int(moves * effort)), float(heat), float(price))
 
 
 def solve(search: Search, *, cap: float, node_cap: float, effort: float) -> None:
-    """Anneals under caps a little below those asked for, so that they hold on other tokens."""
-    layers, experts = search.layout.hosts.shape
-    moves = max(200, int(MOVES_PER_EXPERT * layers * experts * effort))
-    caps = (1 + (cap - 1) * HEADROOM, 1 + (node_cap - 1) * HEADROOM)
-    for stage in STAGES:
-        penalty = (LOW_PENALTY, HIGH_PENALTY if stage.sample == ALL else LOW_PENALTY)
-        search.cool(stage, moves=moves, caps=caps, penalty=penalty)
+    """Anneals a layout. Stopped early by its deadline or Ctrl-C, it keeps the layout so far."""
+    caps = (within(cap), within(node_cap))
+    try:
+        if search.replicas and search.max_moves is None:
+            for stage in REPLICA_STAGES:
+                search.cool(stage, effort=effort, caps=caps, top=LOW_PENALTY)
+        for stage in STAGES:
+            search.cool(stage, effort=effort, caps=caps, top=HIGH_PENALTY)
+    except KeyboardInterrupt:
+        return
+
+
+def within(cap: float) -> float:
+    """The cap to keep on the tokens at hand so that `cap` holds on others."""
+    return 1 + (cap - 1) * HEADROOM

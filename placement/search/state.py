@@ -84,21 +84,52 @@ class Flow(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Caps on token load, (L,) each, for ranks and for nodes."""
+    """What a layout must keep to.
+
+    Attributes:
+        rank_load: float64 (L,) cap on the token load of a rank.
+        node_load: float64 (L,) cap on the token load of a node.
+        origin: uint64 (L, E) bits of the ranks with a copy before the search.
+        replicas: int64 (1,) 1 if experts may have several copies.
+        spread: int64 (1,) 1 if copies of an expert must be on different nodes.
+        budget: int64 (1,) copies that may be somewhere new.
+    """
 
     rank_load: NDArray[np.float64]
     node_load: NDArray[np.float64]
-    node_of_rank: NDArray[np.int64]
+    origin: NDArray[np.uint64]
     replicas: NDArray[np.int64]
+    spread: NDArray[np.int64]
+    budget: NDArray[np.int64]
 
 
 class Scratch(NamedTuple):
-    """Room that the loops write to: load changes (L, W), the last layer touched, one token."""
+    """Room that the loops write to.
+
+    Attributes:
+        load: float64 (L, W) change of load.
+        last: int64 (1,) the last layer touched.
+        moved: int64 (1,) copies where none was before the search.
+        choice: int64 (K,) ranks of one token.
+        rng: uint64 (1,) state of the generator.
+    """
 
     load: NDArray[np.float64]
     last: NDArray[np.int64]
+    moved: NDArray[np.int64]
     choice: NDArray[np.int64]
     rng: NDArray[np.uint64]
+
+
+class Problem(NamedTuple):
+    """All that a search works on."""
+
+    tokens: Tokens
+    machine: Machine
+    layout: Layout
+    flow: Flow
+    limits: Limits
+    scratch: Scratch
 
 
 def make_scratch(flow: Flow, *, seed: int) -> Scratch:
@@ -106,6 +137,7 @@ def make_scratch(flow: Flow, *, seed: int) -> Scratch:
     return Scratch(
         load=np.zeros_like(flow.load),
         last=np.zeros(1, dtype=np.int64),
+        moved=np.zeros(1, dtype=np.int64),
         choice=np.zeros(flow.choice.shape[2], dtype=np.int64),
         rng=np.random.default_rng(seed).integers(1, 2**63, size=1, dtype=np.uint64),
     )

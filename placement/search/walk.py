@@ -76,7 +76,9 @@ def visit(
     """
     top_k = ids.shape[2]
     node_of_rank = machine.node_of_rank
-    chosen, nodes, is_open = np.uint64(0), np.uint64(0), False
+    chosen: Word = np.uint64(0)
+    nodes: Word = np.uint64(0)
+    is_open = False
     for k in range(top_k):
         expert_hosts = hosts[layer, ids[layer, token, k]]
         choice[k] = -1
@@ -88,7 +90,7 @@ def visit(
             chosen |= ONE << np.uint64(rank)
             nodes |= ONE << np.uint64(node_of_rank[rank])
     if is_open:
-        visited = np.uint64(0)
+        visited: Word = np.uint64(0)
         for k in range(top_k):
             if choice[k] >= 0:
                 visited |= machine.ranks_of_node[node_of_rank[choice[k]]]

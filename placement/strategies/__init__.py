@@ -10,7 +10,16 @@ from typing import cast
 
 from placement.strategies.options import Place, PlacementOptions, StrategyError
 
-STRATEGIES = ("linear", "round_robin", "random", "affinity")
+STRATEGIES = (
+    "linear",
+    "round_robin",
+    "random",
+    "balanced",
+    "exflow_milp",
+    "moetuner",
+    "metis",
+    "affinity",
+)
 
 __all__ = ["STRATEGIES", "PlacementOptions", "StrategyError", "get_strategy"]
 

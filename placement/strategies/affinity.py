@@ -1,8 +1,10 @@
 """affinity: the fewest rows that the protocol sends for the trace's tokens, under a load cap.
 
-Simulated annealing on the true cost: every change of a layout is priced by routing again the tokens
-that use the experts concerned, by the same rules as `placement.traffic`, owners and replicas
-included. Changes: two experts of a layer swap ranks; with spare slots a replica is added or moves.
+First without replicas on pair counts, then simulated annealing on the true cost: every change of a
+layout is priced by routing again the tokens that use the experts concerned, by the same rules as
+`placement.traffic`, owners and replicas included. Changes: two experts of a layer exchange ranks;
+with spare slots a replica is added or moves. More than 64 ranks: the same for nodes, then the
+experts of a node go to its ranks by load.
 """
 
 from __future__ import annotations
@@ -15,19 +17,23 @@ import numpy as np
 
 from placement.plan import PlacementPlan, Strategy
 from placement.search.caps import expected_imbalance
-from placement.search.solve import Search, solve
+from placement.search.solve import Search, solve, within
+from placement.search.start import anneal_pairs
 from placement.search.state import hosts_of, make_layout, make_machine, make_tokens, token_order
-from placement.search.walk import total_cost
+from placement.search.walk import MAX_RANKS, total_cost
+from placement.strategies.large import place_by_node
 from placement.strategies.options import PlacementOptions, StrategyError, slots_per_rank_for
 from placement.traffic import imbalance_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from placement.search.state import Machine, Tokens
     from placement.topology import Topology
     from placement.trace import RoutingTrace
 
-DEFAULT_MAX_IMBALANCE = 1.15
+DEFAULT_MAX_IMBALANCE = 1.2
+NODE_SHARE_OF_EXCESS = 0.5
 
 
 def place(
@@ -39,14 +45,19 @@ def place(
 ) -> PlacementPlan:
     """The plan with the fewest rows that annealing finds.
 
+    Without `options.max_imbalance` the cap is 1.2, or as near as a layer can come to it.
+
     Raises:
         StrategyError: if the slots cannot hold the experts, or no plan keeps `max_imbalance`.
     """
     options = options or PlacementOptions()
     num_slots = slots_per_rank_for(trace, topology, slots_per_rank)
+    if topology.num_ranks > MAX_RANKS:
+        return place_by_node(place, trace, topology, num_slots, options)
     search = _start(trace, topology, num_slots, options)
     cap = options.max_imbalance or DEFAULT_MAX_IMBALANCE
-    solve(search, cap=cap, node_cap=_node_cap(cap), effort=options.effort)
+    node_cap = 1 + (cap - 1) * NODE_SHARE_OF_EXCESS
+    solve(search, cap=cap, node_cap=node_cap, effort=options.effort)
     flow = search.flow()
     if options.max_imbalance is not None:
         _check_cap(flow.load, options.max_imbalance, trace)
@@ -61,9 +72,11 @@ def place(
             options=options.summary(slots_per_rank=num_slots, max_imbalance=cap),
         ),
     )
+    elsewhere = expected_imbalance(flow, search.sequence, seed=options.seed).mean()
     predicted = {
         "cost_per_token": round(total_cost(search.tokens, flow) / trace.num_tokens, 4),
-        "imbalance_mean": round(_expected_imbalance(search), 4),
+        "imbalance_mean": round(float(imbalance_of(flow.load).mean()), 4),
+        "imbalance_mean_elsewhere": round(float(elsewhere), 4),
     }
     return replace(plan, predicted=predicted)
 
@@ -71,34 +84,63 @@ def place(
 def _start(
     trace: RoutingTrace, topology: Topology, num_slots: int, options: PlacementOptions
 ) -> Search:
-    width = topology.num_ranks
+    tokens = make_tokens(
+        trace, num_ranks=topology.num_ranks, seed=options.seed, weight=options.token_weights
+    )
     intra = options.intra_node_cost if topology.num_nodes > 1 else 1.0
+    machine = make_machine(topology, domain=options.domain_size, intra=intra, inter=1.0)
+    if options.start is None:
+        hosts = _fresh_hosts(trace, tokens, machine, options)
+    else:
+        hosts = _hosts_of_start(options.start, trace, topology, num_slots)
+    layout = make_layout(hosts, slots_per_rank=num_slots)
     sequence = np.unique(trace.sequence_ids, return_inverse=True)[1]
     return Search(
-        tokens=make_tokens(trace, num_ranks=width, seed=options.seed),
-        machine=make_machine(topology, domain=options.domain_size, intra=intra, inter=1.0),
-        layout=make_layout(_linear_hosts(trace, width), slots_per_rank=num_slots),
+        tokens=tokens,
+        machine=machine,
+        layout=layout,
+        origin=layout.hosts.copy(),
         sequence=sequence[token_order(trace, seed=options.seed)],
-        replicas=num_slots * width > trace.num_experts,
         seed=options.seed,
+        replicas=num_slots * topology.num_ranks > trace.num_experts,
+        spread=options.spread,
+        max_moves=options.max_moves,
         deadline=None if options.time_limit is None else time.monotonic() + options.time_limit,
     )
 
 
-def _expected_imbalance(search: Search) -> float:
-    draws = expected_imbalance(search.flow(), search.sequence, seed=search.seed)
-    return float(draws.mean())
+def _fresh_hosts(
+    trace: RoutingTrace, tokens: Tokens, machine: Machine, options: PlacementOptions
+) -> NDArray[np.bool_]:
+    rank_of = anneal_pairs(
+        tokens,
+        machine,
+        num_experts=trace.num_experts,
+        cap=within(options.max_imbalance or DEFAULT_MAX_IMBALANCE),
+        seed=options.seed,
+        effort=options.effort,
+    )
+    hosts: NDArray[np.bool_] = rank_of[:, :, None] == np.arange(len(machine.node_of_rank))
+    return hosts
 
 
-def _linear_hosts(trace: RoutingTrace, width: int) -> NDArray[np.bool_]:
-    rank = np.arange(trace.num_experts) * width // trace.num_experts
-    hosts = rank[:, None] == np.arange(width)
-    return np.tile(hosts, (trace.num_layers, 1, 1))
-
-
-def _node_cap(cap: float) -> float:
-    """Nodes are to be more even than ranks: half the excess."""
-    return 1 + (cap - 1) / 2
+def _hosts_of_start(
+    plan: PlacementPlan, trace: RoutingTrace, topology: Topology, num_slots: int
+) -> NDArray[np.bool_]:
+    plan.check_for(
+        model=trace.model,
+        num_experts=trace.num_experts,
+        layer_ids=trace.layer_ids,
+        num_ranks=topology.num_ranks,
+    )
+    fullest = max(len(experts) for ranks in plan.slots for experts in ranks)
+    if fullest > num_slots:
+        msg = (
+            f"the plan to start from holds {fullest} experts on a rank, there are {num_slots} "
+            f"slots; use --slots-per-rank {fullest} or more"
+        )
+        raise StrategyError(msg)
+    return plan.hosts()
 
 
 def _check_cap(load: NDArray[np.float64], cap: float, trace: RoutingTrace) -> None:
@@ -108,6 +150,6 @@ def _check_cap(load: NDArray[np.float64], cap: float, trace: RoutingTrace) -> No
         msg = (
             f"no plan found with max / mean load within {cap} at every layer: layer "
             f"{trace.layer_ids[layer]} reaches {worst[layer]:.3f}; allow a higher --max-imbalance "
-            f"or more --slots-per-rank"
+            f"or more --slots-per-rank, or leave the cap to the strategy"
         )
         raise StrategyError(msg)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from placement.errors import UserError
 from placement.plan import PlacementPlan
 from placement.traffic import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from placement.topology import Topology
     from placement.trace import RoutingTrace
 
@@ -19,7 +22,7 @@ class StrategyError(UserError):
     """Options that no placement can satisfy, or an unknown strategy."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PlacementOptions:
     """Options of a placement; a strategy ignores those that mean nothing to it.
 
@@ -31,6 +34,10 @@ class PlacementOptions:
         effort: how much search; 1 is the default, half takes half the time.
         time_limit: seconds after which the best plan so far is taken; None: no limit.
         intra_node_cost: cost of a row inside a node, where a row between nodes costs 1.
+        start: a plan to start from; None: a fresh one.
+        max_moves: copies that may be where `start` has none; None: any number.
+        spread: copies of an expert must be on different nodes.
+        token_weights: (tokens,) what each token of the trace counts for; None: 1.
     """
 
     seed: int = 0
@@ -40,6 +47,10 @@ class PlacementOptions:
     effort: float = 1.0
     time_limit: float | None = None
     intra_node_cost: float = 0.11
+    start: PlacementPlan | None = None
+    max_moves: int | None = None
+    spread: bool = False
+    token_weights: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -48,8 +59,14 @@ class PlacementOptions:
         if self.max_imbalance is not None and not self.max_imbalance >= 1.0:
             msg = f"max_imbalance is max / mean load, at least 1, got {self.max_imbalance}"
             raise StrategyError(msg)
-        if not self.effort > 0:
-            msg = f"effort must be above 0, got {self.effort}"
+        if not self.effort > 0 or not 0 <= self.intra_node_cost <= 1:
+            msg = (
+                f"effort must be above 0 and intra_node_cost from 0 to 1, "
+                f"got {self.effort} and {self.intra_node_cost}"
+            )
+            raise StrategyError(msg)
+        if self.max_moves is not None and (self.start is None or self.max_moves < 0):
+            msg = "max_moves counts from a plan: give one with --from, and a number from 0"
             raise StrategyError(msg)
 
     @property
@@ -57,12 +74,15 @@ class PlacementOptions:
         """The coherence domain: one rank under `home`."""
         return 1 if self.protocol == "home" else self.coherence_domain
 
-    def summary(self, **more: float | None) -> dict[str, Any]:
+    def summary(self, **more: float | None) -> dict[str, object]:
         """What a plan's file says about how it was made."""
         named = {
             "protocol": self.protocol,
             "coherence_domain": self.coherence_domain,
             "max_imbalance": self.max_imbalance,
+            "effort": self.effort,
+            "max_moves": self.max_moves,
+            "spread": self.spread or None,
             **more,
         }
         return {name: value for name, value in named.items() if value is not None}

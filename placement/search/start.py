@@ -1,0 +1,83 @@
+"""Where a search on tokens starts: a layout annealed on pair counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from placement.search.pairs import Pairs, count_pairs, fill_pull, swap_experts
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from placement.search.state import Machine, Tokens
+
+SWAPS_PER_EXPERT = 60
+STEPS = 40
+HOT, COLD = 1.0, 0.01
+LOW_PRICE, HIGH_PRICE = 1.0, 16.0
+TRANSITION_WEIGHT = 0.35
+
+
+def anneal_pairs(
+    tokens: Tokens,
+    machine: Machine,
+    *,
+    num_experts: int,
+    cap: float,
+    seed: int,
+    effort: float = 1.0,
+) -> NDArray[np.int64]:
+    """(L, E) ranks that bring affine experts together, without replicas.
+
+    For top-1 the weight of a transition is what it costs to leave the rank, so the value is exact.
+    """
+    pairs = _make_pairs(tokens, machine, num_experts, cap)
+    fill_pull(pairs)
+    rng = np.random.default_rng(seed).integers(1, 2**63, size=1, dtype=np.uint64)
+    layers, _, top_k = tokens.expert_ids.shape
+    unit = float(tokens.weight.sum()) * top_k / num_experts
+    moves = max(500, int(SWAPS_PER_EXPERT * layers * num_experts * effort))
+    prices = np.geomspace(LOW_PRICE, HIGH_PRICE, STEPS)
+    for heat, price in zip(np.geomspace(HOT, COLD, STEPS), prices, strict=True):
+        swap_experts(pairs, rng, moves, float(heat * unit), float(price))
+    return pairs.rank_of
+
+
+def _make_pairs(tokens: Tokens, machine: Machine, num_experts: int, cap: float) -> Pairs:
+    layers, _, top_k = tokens.expert_ids.shape
+    width, nodes = len(machine.node_of_rank), len(machine.ranks_of_node)
+    within = np.zeros((layers, num_experts, num_experts), dtype=np.float32)
+    across = np.zeros((max(layers - 1, 1), num_experts, num_experts), dtype=np.float32)
+    back = np.zeros_like(across)
+    count_pairs(tokens, within, across, back)
+    scale = np.float32(1.0 if top_k == 1 else TRANSITION_WEIGHT)
+    across *= scale
+    back *= scale
+    rank_of = np.tile(np.arange(num_experts) * width // num_experts, (layers, 1))
+    load = expert_load(tokens, num_experts)
+    loads = zip(rank_of, load, strict=True)
+    row, entry = machine.row_cost
+    return Pairs(
+        within=within,
+        across=across,
+        back=back,
+        load=load,
+        node_of_rank=machine.node_of_rank,
+        node_share=np.array([entry / (row + entry)], dtype=np.float32),
+        rank_of=rank_of,
+        rank_pull=np.zeros((layers, num_experts, width), dtype=np.float32),
+        node_pull=np.zeros((layers, num_experts, nodes), dtype=np.float32),
+        rank_load=np.stack([np.bincount(r, weights=w, minlength=width) for r, w in loads]),
+        cap=load.sum(axis=1) * (cap / width),
+    )
+
+
+def expert_load(tokens: Tokens, num_experts: int) -> NDArray[np.float64]:
+    """(L, E) token load of every expert."""
+    weight = np.repeat(tokens.weight, tokens.expert_ids.shape[2])
+    loads = [
+        np.bincount(ids.ravel(), weights=weight, minlength=num_experts) for ids in tokens.expert_ids
+    ]
+    return np.stack(loads)

@@ -1,0 +1,96 @@
+"""Machines of many ranks: place experts on nodes by affinity, then on a node's ranks by load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from placement.plan import PlacementPlan
+from placement.search.walk import MAX_RANKS
+from placement.strategies.balanced import pack, replicate
+from placement.strategies.options import PlacementOptions, StrategyError
+from placement.topology import Topology
+from placement.traffic import count_traffic
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from placement.strategies.options import Place
+    from placement.trace import RoutingTrace
+
+
+def place_by_node(
+    place: Place,
+    trace: RoutingTrace,
+    topology: Topology,
+    num_slots: int,
+    options: PlacementOptions,
+) -> PlacementPlan:
+    """Places on nodes as if they were ranks, then inside each node.
+
+    Args:
+        place: the strategy for nodes.
+        trace: recorded routing.
+        topology: more than 64 ranks, at most 64 nodes.
+        num_slots: slots of a rank.
+        options: the cap is kept on nodes; ranks come as near as their experts' load allows.
+
+    Raises:
+        StrategyError: if there are more than 64 nodes.
+    """
+    if topology.num_nodes > MAX_RANKS:
+        msg = f"affinity places on at most {MAX_RANKS} nodes, got {topology.num_nodes}"
+        raise StrategyError(msg)
+    if options.start is not None or options.spread:
+        msg = f"--from and --spread need at most {MAX_RANKS} ranks, got {topology.num_ranks}"
+        raise StrategyError(msg)
+    nodes = Topology(num_nodes=1, ranks_per_node=topology.num_nodes)
+    room = topology.ranks_per_node * num_slots
+    node_slots = min(
+        room,
+        trace.num_experts,
+        -(-trace.num_experts // topology.num_nodes) + _spare(trace, topology, num_slots),
+    )
+    plan = place(
+        trace, nodes, slots_per_rank=node_slots, options=replace(options, coherence_domain=None)
+    )
+    load = count_traffic(trace, plan).load
+    on_node = plan.hosts()
+    hosts = np.zeros((trace.num_layers, trace.num_experts, topology.num_ranks), dtype=np.bool_)
+    for layer in range(trace.num_layers):
+        expert_load = np.bincount(trace.expert_ids[:, layer].ravel(), minlength=trace.num_experts)
+        hosts[layer] = _fill_nodes(expert_load, on_node[layer], topology, num_slots)
+    full = PlacementPlan.from_hosts(
+        hosts,
+        topology=topology,
+        model=trace.model,
+        layer_ids=trace.layer_ids,
+        strategy=plan.strategy,
+    )
+    node_imbalance = float((load.max(axis=1) / load.mean(axis=1)).mean())
+    return replace(full, predicted={"imbalance_mean_of_nodes": round(node_imbalance, 4)})
+
+
+def _spare(trace: RoutingTrace, topology: Topology, num_slots: int) -> int:
+    """Slots of a node beyond its share of the experts, half of which affinity may fill."""
+    share = -(-trace.num_experts // topology.num_nodes)
+    return max(0, topology.ranks_per_node * num_slots - share) // 2
+
+
+def _fill_nodes(
+    load: NDArray[np.int64], on_node: NDArray[np.bool_], topology: Topology, num_slots: int
+) -> NDArray[np.bool_]:
+    """(E, W) copies of a layer: each node's experts on its ranks, spare slots by load."""
+    width = topology.ranks_per_node
+    hosts = np.zeros((len(load), topology.num_ranks), dtype=np.bool_)
+    share = load / np.maximum(on_node.sum(axis=1), 1)
+    for node in range(topology.num_nodes):
+        experts = np.flatnonzero(on_node[:, node])
+        copies = replicate(share[experts], width * num_slots, most=width)
+        items = np.repeat(experts, copies)
+        weight = np.repeat(share[experts] / copies, copies)
+        for local_rank, held in enumerate(pack(weight, items, width, num_slots)):
+            hosts[held, node * width + local_rank] = True
+    return hosts

@@ -1,0 +1,230 @@
+"""How long the rows of a plan take on the wire: an alpha-beta model of links, and backends.
+
+One phase (dispatch or combine) of one layer takes alpha + bytes / beta on the slower of the two
+kinds of link, where bytes are those of the rank that sends or receives most. Backends differ in what
+they send for one token:
+
+    backend           rows of a token                      defaults from
+    exflow            one a rank; inter-node one a node    this project
+    deepep-v2         one a rank; inter-node one a node    DeepEP V2 README
+    nvlink-one-sided  one a rank                           TensorRT-LLM, FlashInfer
+    nccl-ep           one a rank                           NCCL EP, rank-major
+    deepep-ll, pplx   one an expert                        DeepEP V1 low latency, pplx-kernels
+    deepspeed         one an expert                        DeepSpeed AutoEP
+    agrs              all tokens to all ranks              vLLM's default: allgather, reduce-scatter
+
+Default links: NVLink 450 GB/s and 41.6 us a phase (pplx, 8 ranks, one token), InfiniBand 50 GB/s a
+GPU and 82.7 us (pplx, IBGDA, 16 ranks: 102.7 dispatch, 62.7 combine).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from placement.errors import UserError
+from placement.traffic import count_traffic, walk_layers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from placement.plan import PlacementPlan
+    from placement.trace import RoutingTrace
+    from placement.traffic import Protocol
+
+Unit = Literal["rank", "node", "expert", "all"]
+BACKENDS: dict[str, Unit] = {
+    "exflow": "node",
+    "deepep-v2": "node",
+    "nvlink-one-sided": "rank",
+    "nccl-ep": "rank",
+    "deepep-ll": "expert",
+    "pplx": "expert",
+    "deepspeed": "expert",
+    "agrs": "all",
+}
+
+
+class TimingError(UserError):
+    """An unknown backend, or links that cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """Latency of a phase in seconds and bandwidth of a rank in bytes per second, by kind of link."""
+
+    intra_latency: float = 41.6e-6
+    intra_bandwidth: float = 450e9
+    inter_latency: float = 82.7e-6
+    inter_bandwidth: float = 50e9
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (value > 0 or (value == 0 and "latency" in name)):
+                msg = f"{name} must be above 0, got {value}"
+                raise TimingError(msg)
+
+    @classmethod
+    def load(cls, path: Path) -> Links:
+        """Reads JSON with any of the four fields, in seconds and bytes per second.
+
+        Raises:
+            TimingError: if the file is no such JSON.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{name: float(value) for name, value in data.items()})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            known = ", ".join(cls.__dataclass_fields__)
+            msg = f"{path}: links are JSON with numbers for any of {known}: {error}"
+            raise TimingError(msg) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a row weighs.
+
+    Attributes:
+        hidden_size: elements of a row.
+        kv_elements: K and V elements of a token at a layer.
+        element_bytes: bytes of an element.
+        tokens_per_rank: tokens of a rank in a step.
+    """
+
+    hidden_size: int
+    kv_elements: int
+    element_bytes: int = 2
+    tokens_per_rank: int = 32
+
+
+def rows_by_kind(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    *,
+    backend: str,
+    protocol: Protocol,
+    coherence_domain: int | None = None,
+) -> dict[str, float]:
+    """Rows per token inside nodes and between nodes, both ways, all layers, as a backend sends.
+
+    Raises:
+        TimingError: if the backend is unknown.
+    """
+    unit = unit_of(backend)
+    topology, ranks = plan.topology, plan.num_ranks
+    if unit == "all":
+        phases = 2 * plan.num_layers
+        inner = topology.ranks_per_node - 1
+        return {"intra": float(phases * inner), "inter": float(phases * (ranks - 1 - inner))}
+    if unit == "expert":
+        return _rows_by_expert(trace, plan, 1 if protocol == "home" else coherence_domain)
+    traffic = count_traffic(trace, plan, protocol=protocol, coherence_domain=coherence_domain)
+    rows = traffic.rows_per_token()
+    inter = rows["inter_node_dedup" if unit == "node" else "inter_node"]
+    return {"intra": rows["total"] - inter, "inter": inter}
+
+
+def unit_of(backend: str) -> Unit:
+    """What a backend sends one row for.
+
+    Raises:
+        TimingError: if the backend is unknown.
+    """
+    if backend not in BACKENDS:
+        msg = f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}"
+        raise TimingError(msg)
+    return BACKENDS[backend]
+
+
+def _rows_by_expert(
+    trace: RoutingTrace, plan: PlacementPlan, domain: int | None
+) -> dict[str, float]:
+    node = plan.topology.node_of_rank
+    steps = walk_layers(
+        trace.expert_ids.astype(np.int64),
+        (trace.sequence_ids % plan.num_ranks).astype(np.int64),
+        plan.hosts().astype(np.int64),
+        node_of_rank=node,
+        domain_of_rank=plan.topology.domain_of_rank(domain),
+    )
+    total = inter = 0
+    for step in steps:
+        for end in (step.owner, step.next_owner):
+            total += int((step.rank_of_choice != end[:, None]).sum())
+            inter += int((node[step.rank_of_choice] != node[end][:, None]).sum())
+    return {"intra": (total - inter) / trace.num_tokens, "inter": inter / trace.num_tokens}
+
+
+def step_seconds(
+    rows: dict[str, float],
+    plan: PlacementPlan,
+    *,
+    shape: Shape,
+    links: Links,
+    imbalance: float = 1.0,
+    phases: int = 2,
+) -> float:
+    """Seconds that one decode step spends on the wire.
+
+    Args:
+        rows: from `rows_by_kind`.
+        plan: tells layers and nodes.
+        shape: what a row weighs, and tokens a rank.
+        links: latencies and bandwidths.
+        imbalance: max / mean over ranks of what is sent.
+        phases: 2, or 1 where nothing is combined (top-1 `coherent`).
+    """
+    row_bytes = shape.hidden_size * shape.element_bytes * shape.tokens_per_rank * imbalance
+    intra = rows["intra"] * row_bytes / links.intra_bandwidth
+    inter = rows["inter"] * row_bytes / links.inter_bandwidth
+    latency = links.intra_latency if plan.topology.num_nodes == 1 else links.inter_latency
+    return plan.num_layers * phases * latency + max(intra, inter)
+
+
+def kv_seconds(plan: PlacementPlan, domain: int, *, shape: Shape, links: Links) -> float:
+    """Seconds to share a step's new keys and values with the domain; off the critical path."""
+    sent = shape.kv_elements * shape.element_bytes * shape.tokens_per_rank * plan.num_layers
+    inside = min(domain, plan.topology.ranks_per_node) - 1
+    outside = domain - 1 - inside
+    return sent * max(inside / links.intra_bandwidth, outside / links.inter_bandwidth)
+
+
+def advise(
+    trace: RoutingTrace, plan: PlacementPlan, *, backend: str, shape: Shape, links: Links
+) -> list[dict[str, Any]]:
+    """Every protocol and coherence domain with its rows and times, the fastest first.
+
+    Time counts what cannot be hidden: the layers' phases, and the part of sharing keys and values
+    that outlasts them. Backends other than exflow return tokens home, so only `home` is listed.
+    """
+    ranks, choices = plan.num_ranks, []
+    for domain in (d for d in range(1, ranks + 1) if ranks % d == 0):
+        if domain > 1 and backend != "exflow":
+            break
+        protocol: Protocol = "home" if domain == 1 else "coherent"
+        rows = rows_by_kind(
+            trace, plan, backend=backend, protocol=protocol, coherence_domain=domain
+        )
+        single = trace.top_k == 1 and domain == ranks
+        wire = step_seconds(rows, plan, shape=shape, links=links, phases=1 if single else 2)
+        kv = kv_seconds(plan, domain, shape=shape, links=links)
+        choices.append(
+            {
+                "protocol": protocol,
+                "coherence_domain": domain,
+                "rows_per_token": rows["intra"] + rows["inter"],
+                "inter_node_rows": rows["inter"],
+                "wire_us": wire * 1e6,
+                "kv_us": kv * 1e6,
+                "step_us": max(wire, kv) * 1e6,
+            }
+        )
+    return sorted(choices, key=lambda choice: choice["step_us"])
+
+
+def moves_with_placement(backend: str) -> bool:
+    """Whether a backend's traffic depends on the placement at all."""
+    return unit_of(backend) != "all"

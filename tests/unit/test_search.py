@@ -1,0 +1,134 @@
+"""The search's own bookkeeping equals the traffic model's count."""
+
+import numpy as np
+import pytest
+
+from placement.plan import PlacementPlan, Strategy
+from placement.search.anneal import anneal
+from placement.search.solve import Search
+from placement.search.start import anneal_pairs
+from placement.search.state import hosts_of, make_flow, make_layout, make_machine, make_tokens
+from placement.search.walk import total_cost
+from placement.topology import Topology
+from placement.traffic import count_traffic, crossing_rate
+from planted import planted_trace, random_trace
+
+TOPOLOGIES = [(1, 4, None), (2, 2, None), (2, 2, 2), (2, 4, 4), (4, 1, 1), (3, 2, None)]
+
+
+def random_hosts(trace, width, extra, seed):
+    rng = np.random.default_rng(seed)
+    hosts = np.zeros((trace.num_layers, trace.num_experts, width), dtype=bool)
+    for layer in hosts:
+        layer[np.arange(trace.num_experts), rng.permutation(trace.num_experts) % width] = True
+        layer[rng.integers(0, trace.num_experts, extra), rng.integers(0, width, extra)] = True
+    return hosts
+
+
+def plan_of(hosts, trace, topology):
+    return PlacementPlan.from_hosts(
+        hosts,
+        topology=topology,
+        model=trace.model,
+        layer_ids=trace.layer_ids,
+        strategy=Strategy(name="test"),
+    )
+
+
+def search_on(trace, topology, *, extra=0, slots=None, domain=None, seed=0, **fields):
+    hosts = random_hosts(trace, topology.num_ranks, extra, seed)
+    slots = slots or int(hosts.sum(axis=1).max())
+    layout = make_layout(hosts, slots_per_rank=slots)
+    return Search(
+        tokens=make_tokens(trace, num_ranks=topology.num_ranks, seed=seed),
+        machine=make_machine(topology, domain=domain, intra=1.0, inter=1.0),
+        layout=layout,
+        origin=layout.hosts.copy(),
+        sequence=np.zeros(trace.num_tokens, dtype=np.int64),
+        seed=seed,
+        replicas=slots * topology.num_ranks > trace.num_experts,
+        **fields,
+    )
+
+
+@pytest.mark.parametrize("extra", [0, 6])
+@pytest.mark.parametrize(("nodes", "per_node", "domain"), TOPOLOGIES)
+def test_the_search_counts_rows_and_load_as_the_traffic_model_does(nodes, per_node, domain, extra):
+    trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
+    topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
+    hosts = random_hosts(trace, topology.num_ranks, extra, seed=1)
+    traffic = count_traffic(trace, plan_of(hosts, trace, topology), coherence_domain=domain)
+    tokens = make_tokens(trace, num_ranks=topology.num_ranks, seed=0)
+    layout = make_layout(hosts, slots_per_rank=12)
+    for intra, expected in ((1.0, "total"), (0.0, "inter_node_dedup")):
+        machine = make_machine(topology, domain=domain, intra=intra, inter=1.0)
+        flow = make_flow(tokens, machine, layout)
+        rows = total_cost(tokens, flow) / trace.num_tokens
+        assert rows == pytest.approx(traffic.rows_per_token()[expected], abs=1e-9)
+        assert (flow.load == traffic.load).all()
+    assert (hosts_of(layout, trace.num_experts) == hosts).all()
+
+
+@pytest.mark.parametrize("extra", [0, 6])
+@pytest.mark.parametrize(("nodes", "per_node", "domain"), TOPOLOGIES)
+def test_annealing_keeps_its_books_true(nodes, per_node, domain, extra):
+    trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
+    topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
+    search = search_on(trace, topology, extra=extra, domain=domain)
+    problem = search.problem(1 << 40, (1.5, 1.5), 7)
+    assert anneal(problem, 300, 20.0, 2.0) > 0
+    fresh = make_flow(search.tokens, search.machine, search.layout)
+    for name in ("owner", "choice", "load"):
+        assert (getattr(problem.flow, name) == getattr(fresh, name)).all(), name
+    assert problem.flow.cost == pytest.approx(fresh.cost)
+    plan_of(hosts_of(search.layout, trace.num_experts), trace, topology)
+
+
+def test_a_high_price_of_excess_load_keeps_the_cap():
+    trace = planted_trace(tokens=800, experts=16, top_k=2, topics=4)
+    search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4))
+    problem = search.problem(1 << 40, (1.15, 1.15), 3)
+    for heat in (30.0, 10.0, 3.0):
+        anneal(problem, 2000, heat, 50.0)
+    load = problem.flow.load
+    assert (load.max(axis=1) <= 1.15 * load.mean(axis=1)).all()
+
+
+def test_a_budget_of_moves_is_kept():
+    trace = planted_trace(experts=16)
+    search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4), max_moves=6)
+    anneal(search.problem(1 << 40, (9.0, 9.0), 3), 3000, 10.0, 2.0)
+    moved = int(np.bitwise_count(search.layout.hosts & ~search.origin).sum())
+    assert 0 < moved <= 6
+
+
+def test_spread_copies_are_on_different_nodes():
+    trace = planted_trace(experts=8)
+    topology = Topology(num_nodes=2, ranks_per_node=2)
+    search = search_on(trace, topology, slots=4, spread=True)
+    anneal(search.problem(1 << 40, (9.0, 9.0), 3), 3000, 10.0, 2.0)
+    hosts = hosts_of(search.layout, 8)
+    by_node = hosts.reshape(trace.num_layers, 8, 2, 2).sum(axis=3)
+    assert hosts.sum() > trace.num_layers * 8
+    assert by_node.max() == 1
+
+
+def test_pair_annealing_finds_the_planted_groups_of_a_top1_path():
+    trace = planted_trace(experts=16, top_k=1, noise=0.0, tokens=2000)
+    topology = Topology(num_nodes=1, ranks_per_node=4)
+    machine = make_machine(topology, domain=None, intra=1.0, inter=1.0)
+    tokens = make_tokens(trace, num_ranks=4, seed=0)
+    rank_of = anneal_pairs(tokens, machine, num_experts=16, cap=9.0, seed=0)
+    hosts = rank_of[:, :, None] == np.arange(4)
+    assert hosts.sum(axis=1).max() == 4
+    assert crossing_rate(trace, plan_of(hosts, trace, topology)) == 0.0
+
+
+def test_a_search_repeats_itself():
+    trace = random_trace(experts=8, top_k=2, tokens=200)
+    layouts = []
+    for _ in range(2):
+        search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4))
+        anneal(search.problem(1 << 40, (9.0, 9.0), 3), 500, 5.0, 2.0)
+        layouts.append(search.layout.slots.copy())
+    assert (layouts[0] == layouts[1]).all()
