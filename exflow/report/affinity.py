@@ -40,10 +40,10 @@ def heat_section(model: ModelFigures) -> str:
         parts.append(f"<h4>{escape(title)}</h4>{side_by_side(pictures)}")
     return (
         "<h3>Affinity before and after placement</h3>"
-        "<p>A row is an expert, a column an expert of the next MoE layer; the darker, the likelier "
-        "that a token goes from one to the other. Experts are sorted by the rank that holds them, "
+        "<p>A row is an expert, a column an expert of the next MoE layer; the stronger the colour, "
+        "the likelier a token goes from one to the other. Experts are sorted by the rank that holds them, "
         "numbers are ranks. What lies in the blocks on the diagonal never leaves its rank: a good "
-        "placement gathers the dark spots there.</p>" + "".join(parts)
+        "placement gathers colour there.</p>" + "".join(parts)
     )
 
 
@@ -62,7 +62,7 @@ def _heat_figure(
             after[columns],
             most=float(np.quantile(probability, 0.998)) or 1.0,
         ),
-        f"{layers}: {stays:.0%} in the blocks of the diagonal",
+        f"{layers}: {stays:.0%} on the diagonal",
     )
 
 
@@ -77,7 +77,18 @@ def kept_share(model: ModelFigures, plan_name: str) -> float:
 
 
 def strength_section(model: ModelFigures) -> str:
-    """Mutual information by layer against its nulls, and every other statistic in a table."""
+    """How strong the affinity is and how far it can be relied on."""
+    pictures = [_information_figure(model), _convergence_figure(model.stability)]
+    if model.stability["domains"] is not None:
+        pictures.append(_domains_figure(model.stability["domains"]))
+    return (
+        "<h3>Is the affinity strong, and does it last?</h3>"
+        f"{side_by_side(pictures)}{_statistics_table(model.affinity)}"
+    )
+
+
+def _information_figure(model: ModelFigures) -> str:
+    """Mutual information by layer against its nulls."""
     found = model.affinity
     information = found["mutual_information"]["top1"]
     steps = model.trace.layer_ids[1:]
@@ -101,10 +112,7 @@ def strength_section(model: ModelFigures) -> str:
         "lines are what is left when tokens are shuffled in each layer, among all tokens or only "
         "among those of their own text."
     )
-    return (
-        "<h3>How strong is the affinity?</h3>"
-        f"{side_by_side([figure(chart, caption), _statistics_table(found)])}"
-    )
+    return figure(chart, caption, heading="How strong?")
 
 
 def _statistics_table(found: dict[str, Any]) -> str:
@@ -123,9 +131,8 @@ def _statistics_table(found: dict[str, Any]) -> str:
     )
 
 
-def stability_section(model: ModelFigures) -> str:
-    """Convergence, halves, domains."""
-    found = model.stability
+def _convergence_figure(found: dict[str, Any]) -> str:
+    """What few tokens tell, and the agreement of the two halves."""
     rows = found["convergence"]
     sizes = [row["tokens"] for row in rows]
     chart = lines(
@@ -144,19 +151,15 @@ def stability_section(model: ModelFigures) -> str:
         is_log=True,
         y_max=1.0,
     )
-    pictures = [
-        figure(
-            chart,
-            "Fitted on the first tokens of one half of the texts, measured on the other half. "
-            "Correlation: of the affinities beyond load. Kept: share of transitions that stay on "
-            f"one of {found['ranks']} ranks under a quick placement fitted on those tokens. Halves: "
-            f"correlation {found['halves']['correlation']:.2f}, kept {found['halves']['kept']:.2f}.",
-            heading="With how many tokens?",
-        )
-    ]
-    if found["domains"] is not None:
-        pictures.append(_domains_figure(found["domains"]))
-    return f"<h3>Does it last?</h3>{side_by_side(pictures)}"
+    halves = found["halves"]
+    return figure(
+        chart,
+        "Fitted on the first tokens of one half of the texts, measured on the other half. "
+        "Correlation: of the affinities beyond load. Kept: share of transitions that stay on one "
+        f"of {found['ranks']} ranks under a quick placement fitted on those tokens. The whole half: "
+        f"correlation {halves['correlation']:.2f}, kept {halves['kept']:.2f}.",
+        heading="With how many tokens?",
+    )
 
 
 def _domains_figure(found: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from exflow import __version__
-from exflow.report.affinity import heat_section, kept_share, stability_section, strength_section
+from exflow.report.affinity import heat_section, kept_share, strength_section
 from exflow.report.html import tiles
 from exflow.report.runs import runs_section
 from exflow.report.style import STYLE
@@ -58,7 +58,7 @@ def _model(model: ModelFigures) -> str:
         f'<section><h2 id="{_anchor(model.name)}">{escape(model.name)}</h2>'
         f"{_headline(model)}{_profiled(model)}{rows_section(model)}{runs_section(model)}"
         f"{heat_section(model)}{matrices_section(model)}{load_section(model)}"
-        f"{strength_section(model)}{stability_section(model)}</section>"
+        f"{strength_section(model)}</section>"
     )
 
 

@@ -26,10 +26,10 @@ def runs_section(model: ModelFigures) -> str:
         [
             run.label,
             run.num_ranks,
-            float(run.rows_per_token["total"]),
-            float(run.predicted_rows_per_token.get("total", 0.0)),
+            f"{run.rows_per_token['total']:.2f}",
+            f"{run.predicted_rows_per_token.get('total', 0.0):.2f}",
             run.is_as_predicted,
-            "" if run.imbalance is None else float(run.imbalance),
+            "" if run.imbalance is None else f"{run.imbalance:.2f}",
             f"{run.tokens_per_second:.0f}",
         ]
         for run in model.runs

@@ -13,16 +13,17 @@ STYLE = """
   --page: #12161b; --card: #191f26; --ink: #e6ebf0; --muted: #9ba8b4; --rule: #2c353f;
   --s0: #5aa9ec; --s1: #f0a35e; --s2: #4cc2a5; --s3: #c39be0; --heat: #4b9be8; --on: #0b0f13;
   --over: #f08a4b; --under: #4b9be8; --good: #4cc2a5;
+  --picture: brightness(1.5) saturate(1.15);
 } }
 @media print { :root {
   --page: #fff; --card: #fff; --ink: #000; --muted: #444; --rule: #bbb;
   --s0: #1f6fb8; --s1: #e08a3c; --s2: #14806a; --s3: #8e5bb0; --heat: #2576c8; --on: #fff;
-  --over: #c8561b; --under: #2576c8; --good: #14806a;
+  --over: #c8561b; --under: #2576c8; --good: #14806a; --picture: none;
 } }
 * { box-sizing: border-box; }
 html { background: var(--page); }
 body {
-  margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 68rem; color: var(--ink);
+  margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 73rem; color: var(--ink);
   background: var(--page);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
 }
@@ -62,6 +63,7 @@ svg .cell.on { fill: var(--on); }
 .s0 { fill: var(--s0); } .s1 { fill: var(--s1); } .s2 { fill: var(--s2); } .s3 { fill: var(--s3); }
 .heat { fill: var(--heat); } .over { fill: var(--over); } .under { fill: var(--under); }
 .grid { stroke: var(--rule); fill: none; }
+svg image { filter: var(--picture, none); }
 .frame { fill: none; stroke: var(--muted); }
 .border { stroke: var(--ink); stroke-opacity: .55; fill: none; }
 .line { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
@@ -96,7 +98,7 @@ footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 @media print {
   body { font-size: 10.5pt; max-width: none; padding: 0; }
-  h2 { break-before: page; } h2:first-of-type { break-before: auto; }
+  section + section h2 { break-before: page; }
   h3, h4 { break-after: avoid; } nav { display: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

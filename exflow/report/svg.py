@@ -156,7 +156,7 @@ def grid(
     digits: int = 1,
 ) -> str:
     """A matrix as shaded cells with their numbers; numbers are left out where cells are many."""
-    cell = 46.0 if len(columns) <= 10 else 18.0
+    cell = 46.0 if len(columns) <= 6 else 37.0 if len(columns) <= 10 else 18.0
     left = 16 + 6.6 * max(len(name) for name in rows)
     top = 22.0
     marks = [
