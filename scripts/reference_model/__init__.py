@@ -1,0 +1,1 @@
+"""How the reference models in `exflow/assets` are trained."""
