@@ -26,6 +26,9 @@ def export(
     source: Annotated[
         Path | None, typer.Option(help="With checkpoint: the checkpoint to permute.")
     ] = None,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Fill unused slots with more replicas first.")
+    ] = False,
 ) -> None:
     """Write a plan for an engine, or say why that engine cannot take it."""
     from placement.interop.model_shape import ModelShape
@@ -36,6 +39,8 @@ def export(
     if target == "checkpoint":
         _export_checkpoint(placed, source, output)
         return
+    if fill:
+        placed = _filled(placed, output)
     found = find_target(target)
     shape = ModelShape.from_config(config) if config else ModelShape.of_plan(placed)
     text = export_text(placed, found, shape)
@@ -48,6 +53,17 @@ def export(
         typer.echo(f"note: {finding.text}")
     for line in found.usage(placed, shape, output):
         typer.echo(f"use: {line}")
+
+
+def _filled(plan: PlacementPlan, output: Path) -> PlacementPlan:
+    """The plan with all slots in use, saved beside the output: that is what the engine will run."""
+    from placement.interop.slots import fill_slots
+
+    filled = fill_slots(plan)
+    path = output.with_name(output.stem + ".plan.json")
+    filled.save(path)
+    typer.echo(f"{path}: {filled.num_slots - plan.num_slots} unused slots filled; verify with it")
+    return filled
 
 
 def _export_checkpoint(plan: PlacementPlan, source: Path | None, output: Path) -> None:

@@ -7,7 +7,7 @@ same number of slots, in every layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from placement.interop.errors import ExportError
@@ -64,6 +64,31 @@ def slots_per_rank(plan: PlacementPlan) -> int | None:
     """The number of slots that every rank has in every layer; None if they differ."""
     counts = {len(experts) for ranks in plan.slots for experts in ranks}
     return counts.pop() if len(counts) == 1 else None
+
+
+def fill_slots(plan: PlacementPlan) -> PlacementPlan:
+    """The plan with every rank filled to the fullest rank's number of slots, by more replicas.
+
+    An unused slot gets the expert with the fewest copies on the rank's node, then in all, then of
+    the lowest number, among those not on the rank.
+    """
+    width = max(len(experts) for ranks in plan.slots for experts in ranks)
+    return replace(plan, slots=tuple(_fill_layer(plan, ranks, width) for ranks in plan.slots))
+
+
+def _fill_layer(
+    plan: PlacementPlan, ranks: tuple[tuple[int, ...], ...], width: int
+) -> tuple[tuple[int, ...], ...]:
+    filled = [list(experts) for experts in ranks]
+    per_node = plan.topology.ranks_per_node
+    for rank, experts in enumerate(filled):
+        first = rank - rank % per_node
+        while len(experts) < width:
+            near = [e for on_rank in filled[first : first + per_node] for e in on_rank]
+            everywhere = [e for on_rank in filled for e in on_rank]
+            spare = [e for e in range(plan.num_experts) if e not in experts]
+            experts.append(min(spare, key=lambda e: (near.count(e), everywhere.count(e), e)))
+    return tuple(tuple(experts) for experts in filled)
 
 
 def describe_unequal(plan: PlacementPlan) -> str:

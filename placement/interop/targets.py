@@ -173,7 +173,7 @@ def check_equal_slots(plan: PlacementPlan) -> list[Finding]:
     """Whether every rank has the same number of slots, as contiguous numbering needs."""
     if slots_per_rank(plan) is not None:
         return []
-    advice = "place again with --slots-per-rank"
+    advice = "place again with --slots-per-rank, or export with --fill"
     return [error(f"it needs equal slots on all ranks: {describe_unequal(plan)}; {advice}")]
 
 

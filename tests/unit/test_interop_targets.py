@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from placement.interop.errors import ConfigError, ExportError
 from placement.interop.model_shape import ModelShape, parse_layers
+from placement.interop.slots import fill_slots
 from placement.interop.targets import TARGETS, export_text, find_target
 from placement.plan import PlacementPlan, Strategy
 from placement.topology import Topology
@@ -106,6 +107,14 @@ def test_ranks_with_different_slots_are_refused_with_the_rank_and_what_to_do(nam
     plan = make_plan([[[0, 1], [2, 3]], [[0, 1, 2], [3]]], [2, 5])
     with pytest.raises(ExportError, match=r"rank 0 holds 3 .* layer 5.*--slots-per-rank"):
         export_text(plan, find_target(name), shape_of(plan))
+
+
+def test_unused_slots_are_filled_with_what_a_node_lacks_and_nothing_is_taken_away():
+    plan = make_plan([[[0, 1], [2], [3], [0, 1]], [[0, 1], [2, 3], [0, 1], [2, 3]]], nodes=2)
+    filled = fill_slots(plan)
+    assert filled.slots[0] == ((0, 1), (2, 3), (3, 2), (0, 1))
+    assert filled.slots[1] == plan.slots[1]
+    assert fill_slots(filled) == filled
 
 
 def test_the_papers_csv_refuses_replicas():
