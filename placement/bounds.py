@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from placement.affinity import AffinityGraph
-from placement.exact import count_layouts, least_rows
+from placement.exact import count_layouts, layer_layouts, least_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from placement.traffic import Protocol
 
 STEPS = 200
-EXACT_NODES = 20_000
+EXACT_LAYOUTS, EXACT_TREES, EXACT_TOKENS = 2000, 300_000, 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,13 @@ def lower_bound(
     if width == 1 or slots_per_rank >= trace.num_experts:
         return Bound(rows_per_token=0.0, method="exact")
     replicas = width * slots_per_rank > trace.num_experts
-    if not replicas and count_layouts(trace, topology) <= EXACT_NODES:
-        domain = 1 if protocol == "home" else coherence_domain
-        least = least_rows(trace, topology, coherence_domain=domain)
+    if _is_small(trace, topology, slots_per_rank):
+        least = least_rows(
+            trace,
+            topology,
+            slots_per_rank=slots_per_rank,
+            coherence_domain=1 if protocol == "home" else coherence_domain,
+        )
         return Bound(rows_per_token=least / trace.num_tokens, method="exact")
     steps = steps or max(8, int(STEPS * min(1.0, (64 / trace.num_experts) ** 2)))
     graph = AffinityGraph.from_trace(trace)
@@ -94,6 +98,14 @@ def lower_bound(
     kept = most_kept(graph.coactivation.astype(np.float64), slots_per_rank, width, steps) / 2
     rows = _fan_out(graph, trace.top_k, kept)
     return Bound(rows_per_token=2 * rows / trace.num_tokens, method="spectral")
+
+
+def _is_small(trace: RoutingTrace, topology: Topology, slots: int) -> bool:
+    layouts = count_layouts(trace.num_experts, topology, slots)
+    if layouts > EXACT_LAYOUTS or trace.num_tokens > EXACT_TOKENS:
+        return False
+    trees = len(layer_layouts(trace.num_experts, topology.num_ranks, slots)) ** trace.num_layers
+    return bool(trees <= EXACT_TREES)
 
 
 def _crossings(

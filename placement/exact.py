@@ -1,81 +1,75 @@
 """The best placement of a small instance, by branch and bound over its layers.
 
-Layouts without replicas whose ranks hold as many experts as linear placement gives each, or any
-number up to that of the fullest. Layers are fixed first to last, with the owners that follow; a
-branch is cut where its rows and the least that the layers to come must cost reach the best so far.
+Every way to fill the slots of a layer is tried, replicas included. Layers are fixed first to last,
+with the owners that follow; a branch is cut where its rows, and the least that the layers to come
+must cost whatever their owners, reach the best so far.
 """
 
 from __future__ import annotations
 
+from itertools import combinations, product
+from math import comb
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from placement.traffic import next_owner
+from placement.traffic import choose_ranks, next_owner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from placement.topology import Topology
     from placement.trace import RoutingTrace
 
 
-def layer_layouts(num_experts: int, num_ranks: int) -> NDArray[np.int64]:
-    """(N, E) all ways to put experts on ranks of ceil(E / W) slots.
+def layer_layouts(num_experts: int, num_ranks: int, slots_per_rank: int) -> NDArray[np.int64]:
+    """(N, E, W) all ways to put every expert on some ranks.
 
-    >>> layer_layouts(2, 2).tolist()
-    [[0, 1], [1, 0]]
+    >>> layer_layouts(2, 2, 1).tolist()
+    [[[1, 0], [0, 1]], [[0, 1], [1, 0]]]
     """
-    room = -(-num_experts // num_ranks)
-    return np.array(list(_fill(num_experts, [room] * num_ranks)), dtype=np.int64)
+    held = [
+        [int(e in some) for e in range(num_experts)]
+        for size in range(slots_per_rank + 1)
+        for some in combinations(range(num_experts), size)
+    ]
+    every = [x for x in product(held, repeat=num_ranks) if all(map(any, zip(*x, strict=True)))]
+    return np.array(every, dtype=np.int64).transpose(0, 2, 1)
 
 
-def _fill(experts: int, room: list[int]) -> Iterator[list[int]]:
-    if experts == 0:
-        yield []
-        return
-    for rank, left in enumerate(room):
-        if left:
-            fewer = [r - (i == rank) for i, r in enumerate(room)]
-            yield from ([rank, *rest] for rest in _fill(experts - 1, fewer))
-
-
-def count_layouts(trace: RoutingTrace, topology: Topology) -> float:
-    """How many layouts of all layers there are, about."""
-    from math import lgamma
-
-    experts, ranks = trace.num_experts, topology.num_ranks
-    log_one = lgamma(experts + 1) - ranks * lgamma(experts / ranks + 1)
-    return float(np.exp(min(log_one * trace.num_layers, 700.0)))
+def count_layouts(num_experts: int, topology: Topology, slots_per_rank: int) -> int:
+    """How many ways of filling a layer's slots would be looked at."""
+    one_rank = sum(comb(num_experts, size) for size in range(slots_per_rank + 1))
+    return int(one_rank**topology.num_ranks)
 
 
 def least_rows(
-    trace: RoutingTrace, topology: Topology, *, coherence_domain: int | None = None
+    trace: RoutingTrace,
+    topology: Topology,
+    *,
+    slots_per_rank: int,
+    coherence_domain: int | None = None,
 ) -> int:
-    """The fewest rows of any layout without replicas or load caps; a domain of 1 is `home`."""
-    layouts = layer_layouts(trace.num_experts, topology.num_ranks)
-    domain = topology.domain_of_rank(coherence_domain)
+    """The fewest rows of any layout without load caps; a domain of 1 is `home`."""
+    layouts = layer_layouts(trace.num_experts, topology.num_ranks, slots_per_rank)
     ids = np.ascontiguousarray(trace.expert_ids.transpose(1, 0, 2))
-    floor = [_least_fan_out(layer, layouts) for layer in ids]
-    to_come = np.append(np.cumsum(floor[::-1])[::-1], 0)
-    owner = (trace.sequence_ids % topology.num_ranks).astype(np.int64)
-    best = np.iinfo(np.int64).max
+    to_come = np.append(np.cumsum(_floors(ids, layouts)[::-1])[::-1], 0)
+    domain, node = topology.domain_of_rank(coherence_domain), topology.node_of_rank
+    best = int(np.iinfo(np.int64).max)
 
     def descend(layer: int, owner: NDArray[np.int64], rows: int) -> None:
         nonlocal best
         if layer == len(ids):
             best = min(best, rows)
             return
-        steps = [_step(ids[layer], layout, owner, domain) for layout in layouts]
+        steps = [_step(ids[layer], layout, owner, domain, node) for layout in layouts]
         for cost, moved in sorted(steps, key=lambda step: step[0]):
             if rows + cost + to_come[layer + 1] >= best:
                 break
             descend(layer + 1, moved, rows + cost)
 
-    descend(0, owner, 0)
-    return int(best)
+    descend(0, (trace.sequence_ids % topology.num_ranks).astype(np.int64), 0)
+    return best
 
 
 def _step(
@@ -83,9 +77,10 @@ def _step(
     layout: NDArray[np.int64],
     owner: NDArray[np.int64],
     domain: NDArray[np.int64],
+    node: NDArray[np.int64],
 ) -> tuple[int, NDArray[np.int64]]:
     """Rows of one layer, and the owners after it."""
-    ranks = layout[ids]
+    ranks = choose_ranks(layout, ids.astype(np.int64), owner, node)
     moved: NDArray[np.int64] = next_owner(ranks, owner, domain)
     runs = (ranks[:, :, None] == np.arange(len(domain))).any(axis=1)
     tokens = np.arange(len(owner))
@@ -93,10 +88,14 @@ def _step(
     return rows, moved
 
 
-def _least_fan_out(ids: NDArray[np.int16], layouts: NDArray[np.int64]) -> int:
-    """The fewest rows of a layer whatever the owners: all ranks but one, both ways."""
-    width = int(layouts.max()) + 1
+def _floors(ids: NDArray[np.int16], layouts: NDArray[np.int64]) -> list[int]:
+    """Rows that each layer costs at least, whatever the owners; 0 where experts have copies."""
+    if (layouts.sum(axis=(1, 2)) > layouts.shape[1]).any():
+        return [0] * len(ids)
+    rank_of = layouts.argmax(axis=2)
+    width = np.arange(layouts.shape[2])
     touched = [
-        (layout[ids][:, :, None] == np.arange(width)).any(axis=1).sum() for layout in layouts
+        min(int((rank[layer][:, :, None] == width).any(axis=1).sum()) for rank in rank_of)
+        for layer in ids
     ]
-    return 2 * (int(min(touched)) - len(ids))
+    return [2 * (ranks - ids.shape[1]) for ranks in touched]
