@@ -14,7 +14,7 @@ GROUPS = {
     "attention and gate": ("attention", "gate", "sampling"),
     "experts": ("experts",),
     "dispatch and combine": ("dispatch", "combine"),
-    "sharing K and V": ("share",),
+    "sharing tokens, K and V": ("share",),
 }
 
 

@@ -11,7 +11,7 @@ STYLE = """
 }
 @media (prefers-color-scheme: dark) { :root {
   --page: #12161b; --card: #191f26; --ink: #e6ebf0; --muted: #9ba8b4; --rule: #2c353f;
-  --s0: #5aa9ec; --s1: #f0a35e; --s2: #4cc2a5; --s3: #c39be0; --heat: #4b9be8; --on: #0b0f13;
+  --s0: #5aa9ec; --s1: #f0a35e; --s2: #4cc2a5; --s3: #c39be0; --heat: #2a76c6; --on: #ffffff;
   --over: #f08a4b; --under: #4b9be8; --good: #4cc2a5;
   --picture: brightness(1.5) saturate(1.15);
 } }
@@ -96,8 +96,10 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; 
 dt { font-weight: 600; } dd { margin: 0; max-width: 42rem; }
 footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
+@page { size: A4; margin: 12mm; }
 @media print {
-  body { font-size: 10.5pt; max-width: none; padding: 0; }
+  body { zoom: .64; max-width: none; padding: 0; }
+  .row { gap: .3rem .8rem; }
   section + section h2 { break-before: page; }
   h3, h4 { break-after: avoid; } nav { display: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
