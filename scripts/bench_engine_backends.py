@@ -52,21 +52,24 @@ def remote_choices(trace: RoutingTrace, plan: PlacementPlan) -> float:
     return remote / trace.num_tokens
 
 
-def measure(path: Path, topology: Topology, effort: float, limit: float) -> dict[str, object]:
+def measure(path: Path, topology: Topology, effort: float) -> dict[str, dict[str, float]]:
     """Copies of linear and affinity placement, the latter also with 25% replicas, of a trace."""
     fit, held_out = RoutingTrace.load(path).split()
     slots = -(-fit.num_experts // topology.num_ranks)
-    options = PlacementOptions(protocol="home", effort=effort, max_imbalance=limit)
+    options = PlacementOptions(protocol="home", effort=effort)
     wanted = {
         "linear": ("linear", None),
         "affinity": ("affinity", slots),
         "affinity, 25% replicas": ("affinity", slots + slots // 4),
     }
-    plans = {
-        name: get_strategy(strategy)(fit, topology, slots_per_rank=share, options=options)
-        for name, (strategy, share) in wanted.items()
-    }
-    return {name: copies(held_out, plan) for name, plan in plans.items()}
+    print(f"{path.stem}, {topology.num_nodes} x {topology.ranks_per_node} ranks: copies a token")
+    results = {}
+    for name, (strategy, share) in wanted.items():
+        plan = get_strategy(strategy)(fit, topology, slots_per_rank=share, options=options)
+        results[name] = copies(held_out, plan)
+        cells = "  ".join(f"{kind} {value:7.2f}" for kind, value in results[name].items())
+        print(f"  {name:24} {cells}", flush=True)
+    return results
 
 
 def main() -> None:
@@ -76,16 +79,9 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--ranks-per-node", type=int, default=4)
     parser.add_argument("--effort", type=float, default=1.0)
-    parser.add_argument("--max-imbalance", type=float, default=1.2)
     args = parser.parse_args()
     topology = Topology(num_nodes=args.nodes, ranks_per_node=args.ranks_per_node)
-    results = {}
-    for path in args.traces:
-        results[path.stem] = measure(path, topology, args.effort, args.max_imbalance)
-        print(f"{path.stem}, {args.nodes} x {args.ranks_per_node} ranks: copies a token")
-        for plan, figures in results[path.stem].items():
-            cells = "  ".join(f"{name} {value:7.2f}" for name, value in figures.items())
-            print(f"  {plan:24} {cells}", flush=True)
+    results = {path.stem: measure(path, topology, args.effort) for path in args.traces}
     print(json.dumps({"nodes": args.nodes, "ranks": topology.num_ranks, "copies": results}))
 
 
