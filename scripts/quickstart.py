@@ -37,7 +37,6 @@ class Settings:
     num_prompts: int
     prompt_tokens: int
     new_tokens: int
-    max_imbalance: float
 
 
 def main() -> None:
@@ -66,7 +65,6 @@ def parse_arguments() -> Settings:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--max-imbalance", type=float, default=1.1)
     args = parser.parse_args()
     return Settings(
         out=args.out,
@@ -74,7 +72,6 @@ def parse_arguments() -> Settings:
         num_prompts=args.prompts,
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
-        max_imbalance=args.max_imbalance,
     )
 
 
@@ -92,7 +89,7 @@ def run_model(name: str, corpus: Path, settings: Settings) -> dict[str, Any]:
         exflow(
             *("place", trace, "-o", folder / f"plan-{strategy}.json", "--strategy", strategy),
             *("--nodes", 1, "--ranks-per-node", NUM_RANKS),
-            *("--max-imbalance", settings.max_imbalance),
+            *(["--no-compare"] if strategy == "linear" else []),
         )
     prompts = folder / "prompts.jsonl"
     expected = write_prompts(name, corpus / "heldout", prompts, settings)
