@@ -21,6 +21,7 @@ COMMANDS = {
     "affinity": "placement.commands.affinity",
     "place": "placement.commands.place",
     "simulate": "placement.commands.simulate",
+    "compare": "placement.commands.compare",
     "import": "placement.commands.import_trace",
     "export": "placement.commands.export",
     "lint": "placement.commands.lint",

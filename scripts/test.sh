@@ -10,7 +10,7 @@ prepare_environment test lint
 failed=()
 check() {
   say "$*"
-  "$@" || failed+=("$1")
+  "$@" || failed+=("$*")
 }
 
 check ruff check .
@@ -20,5 +20,5 @@ check mypy
 check python -m pytest -q "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
-  fail "not clean: ${failed[*]}"
+  fail "not clean:$(printf '\n  %s' "${failed[@]}")"
 fi
