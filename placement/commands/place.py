@@ -67,6 +67,7 @@ def place(
     ] = False,
 ) -> None:
     """Place the experts of a model: write a plan, print what it is worth on held-out tokens."""
+    from placement.interop.counts import COUNTS, LOAD_STRATEGIES, require_routing
     from placement.plan import PlacementPlan
     from placement.strategies import PlacementOptions
     from placement.topology import Topology
@@ -74,6 +75,8 @@ def place(
 
     parts = [RoutingTrace.load(path) for path in traces]
     trace = merge_traces(parts)
+    if evaluate or strategy.replace("-", "_") not in LOAD_STRATEGIES:
+        require_routing(trace, f"strategy {strategy}")
     options = PlacementOptions(
         seed=seed,
         max_imbalance=max_imbalance,
@@ -88,7 +91,7 @@ def place(
     )
     topology = Topology(num_nodes=nodes, ranks_per_node=ranks_per_node)
     _write_plan(output, strategy, trace, topology, slots_per_rank, options)
-    if compare and trace.num_sequences > 1:
+    if compare and trace.num_sequences > 1 and trace.phase != COUNTS:
         _show_table(strategy, trace, topology, slots_per_rank, options)
     if evaluate:
         _show_evaluation(trace, topology, slots_per_rank, options)

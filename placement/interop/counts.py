@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 COUNTS = "counts"
 MAX_TOKENS = 1 << 14
-LOAD_STRATEGIES = frozenset({"linear", "round_robin", "random", "balanced", "eplb"})
+LOAD_STRATEGIES = frozenset({"linear", "round_robin", "random", "balanced"})
 
 
 def trace_of_counts(

@@ -88,7 +88,7 @@ def test_loads_alone_serve_a_plan_but_not_where_affinity_is_asked(folder):
     loads, trace = folder / "loads.npy", folder / "loads.safetensors"
     said = run("import", "--from", "npy", loads, "-o", trace)
     assert "affinity needs routed experts" in said.stdout
-    run("place", trace, "--strategy", "linear", "-o", folder / "linear.json")
+    run("place", trace, "--strategy", "balanced", "-o", folder / "balanced.json")
     said = run("place", trace, "--strategy", "affinity", "-o", folder / "no.json", code=2)
     assert "made from loads alone" in said.stderr
 
