@@ -113,9 +113,7 @@ def strength(found: dict[str, Any]) -> str:
     rows.append(["MoE layers", *(len(entry["topk"]["layer_ids"]) for entry in found.values())])
 
     def add(label: str, pick: Any, *keys: str) -> None:
-        rows.append(
-            [label, *(" / ".join(_number(pick(e)[k]) for k in keys) for e in found.values())]
-        )
+        rows.append([label, *(_numbers(pick(e), keys) for e in found.values())])
 
     nulls = ("mean", "null", "null_within_sequence")
     add(
@@ -161,17 +159,27 @@ def strength(found: dict[str, Any]) -> str:
 
 
 def convergence(found: dict[str, Any]) -> str:
-    """Correlation and kept share by tokens fitted, first choices and all."""
-    header = ["tokens fitted"]
-    for name in found:
-        header += [f"{name}: correlation, kept (first choices)", "(all choices)"]
-    lines: dict[int, list[str]] = {}
-    for column, entry in enumerate(found.values()):
-        for offset, kind in enumerate(("top1", "topk")):
-            for row in entry[kind]["stability"]["convergence"]:
-                line = lines.setdefault(row["tokens"], [""] * (2 * len(found)))
-                line[2 * column + offset] = f"{_number(row['correlation'])}, {_number(row['kept'])}"
-    return _markdown([header, *([str(tokens), *lines[tokens]] for tokens in sorted(lines))])
+    """A row for each trace, of first choices and of all; a column for each number of tokens."""
+    curves = {
+        f"{name}, {label}": entry[kind]["stability"]["convergence"]
+        for name, entry in found.items()
+        for kind, label in kinds(entry)
+    }
+    sizes = sorted({row["tokens"] for rows in curves.values() for row in rows[:-1]})
+    table: list[list[Any]] = [["trace", *sizes, "the whole half"]]
+    for label, rows in curves.items():
+        cells = {row["tokens"]: f"{row['correlation']:.2f} ({row['kept']:.2f})" for row in rows}
+        last = rows[-1]["tokens"]
+        table.append(
+            [label, *(cells.get(n, "") for n in sizes), f"{cells[last]} of {last:,} tokens"]
+        )
+    return _markdown(table)
+
+
+def kinds(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """First choices and, unless the model is top-1, all choices."""
+    both = [("top1", "first choices"), ("topk", "all choices")]
+    return both if entry["topk"]["top_k"] > 1 else [("top1", "top-1")]
 
 
 def agreement(table: dict[str, Any] | None) -> str:
@@ -197,6 +205,10 @@ def agreement(table: dict[str, Any] | None) -> str:
 def _markdown(rows: list[list[Any]]) -> str:
     lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _numbers(entry: dict[str, float] | None, keys: tuple[str, ...]) -> str:
+    return "" if entry is None else " / ".join(_number(entry[key]) for key in keys)
 
 
 def _number(value: float) -> str:
@@ -236,7 +248,7 @@ def _draw_convergence(found: dict[str, Any]) -> None:
     titles = ("correlation with held-out text", "kept on one of 4 ranks, held-out text")
     for panel, title, measure_name in zip(panels, titles, ("correlation", "kept"), strict=True):
         for (name, entry), (colour, line, marker) in zip(found.items(), STYLES, strict=False):
-            for kind, label in (("top1", "first choices"), ("topk", "all choices")):
+            for kind, label in kinds(entry):
                 rows = entry[kind]["stability"]["convergence"]
                 panel.plot(
                     [row["tokens"] for row in rows],

@@ -101,7 +101,7 @@ footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; }
   body { zoom: .64; max-width: none; padding: 0; }
   .row { gap: .3rem .8rem; }
   section + section h2 { break-before: page; }
-  h3, h4 { break-after: avoid; } nav { display: none; }
+  h3, h4 { break-after: avoid; } .scroll, .row { break-inside: avoid; } nav { display: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
