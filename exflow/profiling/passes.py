@@ -80,7 +80,7 @@ def run_decode(
 
 
 def _decode(
-    model: Any,  # noqa: ANN401
+    model: Any,
     input_ids_BS: torch.Tensor,
     is_text_BS: torch.Tensor,
     *,
