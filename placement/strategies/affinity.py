@@ -19,7 +19,14 @@ from placement.plan import PlacementPlan, Strategy
 from placement.search.caps import expected_imbalance
 from placement.search.solve import Search, solve, within
 from placement.search.start import anneal_pairs
-from placement.search.state import hosts_of, make_layout, make_machine, make_tokens, token_order
+from placement.search.state import (
+    hosts_of,
+    make_flow,
+    make_layout,
+    make_machine,
+    make_tokens,
+    token_order,
+)
 from placement.search.walk import MAX_RANKS, total_cost
 from placement.strategies.large import place_by_node
 from placement.strategies.options import PlacementOptions, StrategyError, slots_per_rank_for
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_IMBALANCE = 1.2
 NODE_SHARE_OF_EXCESS = 0.5
+PAIR_STARTS, MANY_EXPERTS = 4, 4000
 
 
 def place(
@@ -45,7 +53,8 @@ def place(
 ) -> PlacementPlan:
     """The plan with the fewest rows that annealing finds.
 
-    Without `options.max_imbalance` the cap is 1.2, or as near as a layer can come to it.
+    Without `options.max_imbalance` the cap is 1.2, or as near as a layer can come to it; with
+    infinity there is none.
 
     Raises:
         StrategyError: if the slots cannot hold the experts, or no plan keeps `max_imbalance`.
@@ -69,7 +78,9 @@ def place(
         strategy=Strategy(
             name="affinity",
             seed=options.seed,
-            options=options.summary(slots_per_rank=num_slots, max_imbalance=cap),
+            options=options.summary(
+                slots_per_rank=num_slots, max_imbalance=cap if np.isfinite(cap) else None
+            ),
         ),
     )
     elsewhere = expected_imbalance(flow, search.sequence, seed=options.seed).mean()
@@ -112,16 +123,27 @@ def _start(
 def _fresh_hosts(
     trace: RoutingTrace, tokens: Tokens, machine: Machine, options: PlacementOptions
 ) -> NDArray[np.bool_]:
-    rank_of = anneal_pairs(
-        tokens,
-        machine,
-        num_experts=trace.num_experts,
-        cap=within(options.max_imbalance or DEFAULT_MAX_IMBALANCE),
-        seed=options.seed,
-        effort=options.effort,
-    )
-    hosts: NDArray[np.bool_] = rank_of[:, :, None] == np.arange(len(machine.node_of_rank))
-    return hosts
+    """The layout of pair annealing that costs the tokens least, of several."""
+    experts, width = trace.num_experts, len(machine.node_of_rank)
+    starts = PAIR_STARTS if trace.num_layers * experts <= MANY_EXPERTS else 1
+    best: NDArray[np.bool_] | None = None
+    least = np.inf
+    for start in range(starts):
+        rank_of = anneal_pairs(
+            tokens,
+            machine,
+            num_experts=experts,
+            cap=within(options.max_imbalance or DEFAULT_MAX_IMBALANCE),
+            seed=options.seed + start,
+            effort=options.effort,
+        )
+        hosts: NDArray[np.bool_] = rank_of[:, :, None] == np.arange(width)
+        layout = make_layout(hosts, slots_per_rank=-(-experts // width))
+        cost = total_cost(tokens, make_flow(tokens, machine, layout))
+        if best is None or cost < least:
+            best, least = hosts, cost
+    assert best is not None
+    return best
 
 
 def _hosts_of_start(

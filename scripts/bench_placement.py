@@ -1,0 +1,311 @@
+"""Every strategy on every machine, held-out: rows, load, bounds; the null, the shift, the scale.
+
+    python scripts/bench_placement.py TRACE... --json                 the table
+    python scripts/bench_placement.py --scale deepseek-v3 --ranks 64  time and memory at scale
+
+Each trace is split by sequence: plans are fitted on one half and measured on the other. The last
+line of stdout is one JSON object; `-o DIR` keeps it, the Markdown tables and the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placement.bounds import lower_bound
+from placement.evaluation import bootstrap_change, domain_shift, evaluate_null, measure
+from placement.homing import choose_homes
+from placement.strategies import PlacementOptions, StrategyError, get_strategy
+from placement.topology import Topology
+from placement.trace import RoutingTrace
+from placement.traffic import count_traffic, crossing_rate
+
+BASELINES = ("linear", "round_robin", "random", "balanced", "metis", "moetuner", "exflow_milp")
+MACHINES = ((1, 4), (1, 8), (2, 2), (2, 4))
+CAPS = {"gptoss20b_decode": {4: 1.10, 8: 1.15}}
+DEFAULT_CAP = 1.15
+FRONTIER = (1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
+SCALES = {"deepseek-v3": (58, 256, 8)}
+
+
+def main() -> None:
+    """Run what was asked for, print one JSON line at the end."""
+    args = parse_arguments()
+    result = run_scale(args) if args.scale else run_traces(args)
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    folder = Path(os.environ.get("EXFLOW_TRACES", "../shared/data/traces"))
+    parser.add_argument(
+        "traces", nargs="*", type=Path, default=sorted(folder.glob("*.safetensors"))
+    )
+    parser.add_argument("--milp-seconds", type=float, default=120.0)
+    parser.add_argument("--effort", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--parts", default="cells,crossing,null,shift,homing,frontier", help="what to run"
+    )
+    parser.add_argument("--scale", choices=sorted(SCALES))
+    parser.add_argument("--ranks", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--json", action="store_true", help="no tables, only the last line")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    if not args.scale and not args.traces:
+        parser.error(f"no traces in {folder}; name some, or set EXFLOW_TRACES")
+    return args
+
+
+def run_traces(args: argparse.Namespace) -> dict[str, Any]:
+    """All parts on all traces."""
+    result: dict[str, Any] = {"cells": []}
+    for path in args.traces:
+        trace = RoutingTrace.load(path)
+        for part in args.parts.split(","):
+            say(f"{path.stem}: {part}")
+            for row in PARTS[part](trace, path.stem, args):
+                result.setdefault(part, []).append(row)
+                if not args.json:
+                    print(json.dumps(row), flush=True)
+                keep(result, args)
+    return result
+
+
+def keep(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Save what is done so far."""
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "partial.json").write_text(json.dumps(result))
+
+
+def cells(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """Every strategy on every machine, with and without spare slots."""
+    fit, held_out = trace.split()
+    for nodes, per_node in MACHINES:
+        topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
+        ranks = topology.num_ranks
+        base = -(-trace.num_experts // ranks)
+        cap = CAPS.get(name, {}).get(ranks, DEFAULT_CAP)
+        for slots, strategies in (
+            (base, (*BASELINES, "affinity")),
+            (base * 5 // 4, ("balanced", "affinity")),
+        ):
+            bound = lower_bound(held_out, topology, slots_per_rank=slots)
+            for strategy in strategies:
+                options = PlacementOptions(
+                    seed=args.seed,
+                    max_imbalance=cap,
+                    effort=args.effort,
+                    time_limit=None if strategy == "affinity" else args.milp_seconds,
+                )
+                yield cell(
+                    fit, held_out, topology, slots, strategy, options, name, bound.rows_per_token
+                )
+
+
+def cell(
+    fit: RoutingTrace,
+    held_out: RoutingTrace,
+    topology: Topology,
+    slots: int,
+    strategy: str,
+    options: PlacementOptions,
+    name: str,
+    bound: float,
+) -> dict[str, Any]:
+    """One strategy on one machine."""
+    start = time.perf_counter()
+    try:
+        plan = get_strategy(strategy)(fit, topology, slots_per_rank=slots, options=options)
+    except StrategyError as error:
+        return {"trace": name, "strategy": strategy, "error": str(error)}
+    seconds = time.perf_counter() - start
+    figures = measure(held_out, plan)
+    home = count_traffic(held_out, plan, protocol="home")
+    linear = get_strategy("linear")(fit, topology)
+    at_home = count_traffic(held_out, linear, protocol="home")
+    change = bootstrap_change(held_out, at_home, count_traffic(held_out, plan))
+    return {
+        "trace": name,
+        "num_nodes": topology.num_nodes,
+        "ranks_per_node": topology.ranks_per_node,
+        "slots_per_rank": slots,
+        "strategy": strategy,
+        "rows": round(figures["rows_per_token"]["total"], 3),
+        "rows_home": round(home.rows_per_token()["total"], 3),
+        "inter_node_rows": round(figures["rows_per_token"]["inter_node_dedup"], 3),
+        "linear_home_rows": round(at_home.rows_per_token()["total"], 3),
+        "linear_home_inter_node_rows": round(at_home.rows_per_token()["inter_node_dedup"], 3),
+        "change": [round(change[key], 4) for key in ("change", "low", "high")],
+        "imbalance_mean": round(figures["imbalance"]["mean"], 4),
+        "imbalance_max": round(figures["imbalance"]["max"], 4),
+        "node_imbalance": round(figures["node_imbalance"], 4),
+        "crossing_rate": round(figures["crossing_rate"], 4),
+        "bound": round(bound, 3),
+        "seconds": round(seconds, 2),
+    }
+
+
+def crossing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """The paper's metric: top-1 path, no load cap, no replicas; fitted and held-out tokens."""
+    fit, held_out = trace.top1().split()
+    for ranks in (4, 8):
+        topology = Topology(num_nodes=1, ranks_per_node=ranks)
+        slots = -(-trace.num_experts // ranks)
+        bound = lower_bound(fit, topology, slots_per_rank=slots).rows_per_token
+        for strategy in ("linear", "exflow_milp", "affinity"):
+            start = time.perf_counter()
+            options = PlacementOptions(
+                seed=args.seed,
+                max_imbalance=float("inf"),
+                effort=args.effort,
+                time_limit=None if strategy == "affinity" else args.milp_seconds,
+            )
+            plan = get_strategy(strategy)(fit, topology, options=options)
+            yield {
+                "trace": name,
+                "ranks": ranks,
+                "strategy": strategy,
+                "crossing_fit": round(crossing_rate(fit, plan), 4),
+                "crossing_held_out": round(crossing_rate(held_out, plan), 4),
+                "crossing_bound_fit": round(bound / (trace.num_layers - 1), 4),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+
+
+def null(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """The gain where tokens are shuffled in each layer."""
+    options = PlacementOptions(seed=args.seed, effort=args.effort / 2)
+    change = evaluate_null(trace, Topology(num_nodes=1, ranks_per_node=4), options=options)
+    yield {"trace": name, **{key: round(value, 4) for key, value in change.items()}}
+
+
+def shift(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """Plans fitted on one domain, measured on the others."""
+    options = PlacementOptions(seed=args.seed, effort=args.effort / 2)
+    yield {
+        "trace": name,
+        **domain_shift(trace, Topology(num_nodes=1, ranks_per_node=4), options=options),
+    }
+
+
+def homing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """Rows under `home` with request homes chosen from the first tokens."""
+    fit, held_out = trace.split()
+    topology = Topology(num_nodes=1, ranks_per_node=4)
+    options = PlacementOptions(seed=args.seed, effort=args.effort / 2, protocol="home")
+    plan = get_strategy("affinity")(fit, topology, options=options)
+    for first in (0, 8, 32, 128, None):
+        homes = None if first == 0 else choose_homes(held_out, plan, first_tokens=first)
+        traffic = count_traffic(held_out, plan, protocol="home", first_owner=homes)
+        yield {
+            "trace": name,
+            "first_tokens": first,
+            "rows": round(traffic.rows_per_token()["total"], 3),
+        }
+
+
+def frontier(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """Rows against imbalance, with and without replicas."""
+    fit, held_out = trace.split()
+    topology = Topology(num_nodes=1, ranks_per_node=4)
+    base = -(-trace.num_experts // 4)
+    for slots in (base, base * 5 // 4):
+        for cap in FRONTIER:
+            options = PlacementOptions(seed=args.seed, effort=args.effort / 2, max_imbalance=cap)
+            try:
+                plan = get_strategy("affinity")(
+                    fit, topology, slots_per_rank=slots, options=options
+                )
+            except StrategyError:
+                continue
+            traffic = count_traffic(held_out, plan)
+            yield {
+                "trace": name,
+                "slots_per_rank": slots,
+                "cap": cap,
+                "rows": round(traffic.rows_per_token()["total"], 3),
+                "imbalance_mean": round(traffic.imbalance()["mean"], 4),
+            }
+
+
+PARTS = {
+    "cells": cells,
+    "crossing": crossing,
+    "null": null,
+    "shift": shift,
+    "homing": homing,
+    "frontier": frontier,
+}
+
+
+def run_scale(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and memory from a trace to a plan, on planted structure plus noise."""
+    layers, experts, top_k = SCALES[args.scale]
+    trace = planted_trace(args.tokens, layers, experts, top_k, seed=args.seed)
+    topology = Topology(num_nodes=max(1, args.ranks // 8), ranks_per_node=min(8, args.ranks))
+    slots = -(-experts // args.ranks)
+    start = time.perf_counter()
+    options = PlacementOptions(seed=args.seed, effort=args.effort)
+    plan = get_strategy("affinity")(trace, topology, slots_per_rank=slots, options=options)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    sample = trace.select(np.arange(min(5000, trace.num_tokens)))
+    found = [
+        {
+            "trace": args.scale,
+            "num_nodes": topology.num_nodes,
+            "ranks_per_node": topology.ranks_per_node,
+            "slots_per_rank": slots,
+            "strategy": p.strategy.name,
+            "rows": figures["rows_per_token"]["total"],
+            "inter_node_rows": figures["rows_per_token"]["inter_node_dedup"],
+            "imbalance_mean": figures["imbalance"]["mean"],
+        }
+        for p in (get_strategy("linear")(trace, topology), plan)
+        for figures in (measure(sample, p),)
+    ]
+    return {"cells": found, "seconds_total": round(seconds, 1), "peak_gb": round(peak, 2)}
+
+
+def planted_trace(tokens: int, layers: int, experts: int, top_k: int, *, seed: int) -> RoutingTrace:
+    """Tokens of a topic favour some experts at each layer; half of the choices are noise."""
+    rng = np.random.default_rng(seed)
+    topics = experts // 4
+    topic = rng.integers(0, topics, tokens)
+    ids = np.empty((tokens, layers, top_k), dtype=np.int16)
+    for layer in range(layers):
+        liked = rng.random((topics, experts), dtype=np.float32)
+        score = rng.random((tokens, experts), dtype=np.float32)
+        score += 0.5 * (liked > 0.94)[topic]
+        ids[:, layer] = np.argpartition(-score, top_k, axis=1)[:, :top_k]
+    return RoutingTrace(
+        expert_ids=ids,
+        sequence_ids=np.sort(rng.integers(0, 200, tokens)).astype(np.int32),
+        num_experts=experts,
+        model="planted",
+        layer_ids=tuple(range(layers)),
+    )
+
+
+def say(line: str) -> None:
+    """Progress, to stderr."""
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
