@@ -54,8 +54,8 @@ those and measured on the others; `home` is the token that returns after every l
 
 ## Speed
 
-Tokens a second of one core's processor time, forward and backward of 4096 tokens in float32, best of several; the processor
-has AVX-512 and no AMX. `torch` is plain PyTorch with automatic differentiation, `kernels` is
+Tokens a second of one core's processor time, forward and backward of 4096 tokens in float32, best of 40; the processor
+has AVX-512 and no AMX, and did other work at the same time. `torch` is plain PyTorch with automatic differentiation, `kernels` is
 [kernels.cpp](../../scripts/reference_model/kernels.cpp), the same function with gradients equal to about 1e-6.
 
 {speed}
@@ -76,7 +76,7 @@ NOTES = """## How these two were made
 Muon for the matrices and AdamW for the rest, batches of 16384 tokens, learning rate 0.004 with a straight fall to zero over the
 last 30%, sequences of 128 tokens for the first 60% and of 256 after that. The load-balancing loss uses the load of the last
 global batches, so experts may specialise by domain. The runs were stopped and resumed several times, on a machine shared with
-other work. Two things a fresh run would not repeat bit for bit: until about 8 M tokens plain PyTorch with `torch.compile`
+other work (on average 9,800 and 9,000 tokens a second of wall time, about two thirds of a core each). Two things a fresh run would not repeat bit for bit: until about 9 M tokens plain PyTorch with `torch.compile`
 computed part of what the kernels do now, and the final balancing coefficient of `pile-moe-top1` was 0.005 up to 33 M
 tokens and 0.0025 after that (`--balance 0.02 0.0025`); `pile-moe-top4` has 0.005 throughout.
 The held-out figure of the curves is on 256 windows spread over `heldout`; while sequences were short it measures positions
