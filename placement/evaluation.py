@@ -124,16 +124,17 @@ def evaluate_null(
     slots_per_rank: int | None = None,
     options: PlacementOptions | None = None,
 ) -> dict[str, float]:
-    """Change of rows by `affinity` against `random` where layers are shuffled: no affinity is left.
+    """Change of the top-1 path's rows by `affinity` where no affinity between layers is left.
 
-    Tokens are shuffled in each layer, in the fitting and in the held-out half. What remains is
-    what load alone allows; without replicas that is nothing but the expected fan-out, so the plan
-    is compared with `random` under the same protocol.
+    Tokens are shuffled in each layer, in the fitting and in the held-out half. The first choices
+    alone are looked at, since tokens keep their experts of one layer together. Load is left, so
+    the plan is compared with `balanced`, which knows nothing else.
     """
-    fit, held_out = (half.shuffled_layers(seed) for seed, half in enumerate(trace.split()))
+    halves = enumerate(trace.top1().split())
+    fit, held_out = (half.shuffled_layers(seed) for seed, half in halves)
     plans = [
         get_strategy(name)(fit, topology, slots_per_rank=slots_per_rank, options=options)
-        for name in ("random", "affinity")
+        for name in ("balanced", "affinity")
     ]
     traffic = [count_traffic(held_out, plan) for plan in plans]
     return bootstrap_change(held_out, *traffic)

@@ -193,7 +193,7 @@ def _show_evaluation(
     )
     _show_change("affinity against linear, home", bootstrap_change(held_out, home, here))
     null = evaluate_null(trace, topology, **common)
-    _show_change("null: affinity against random, tokens shuffled in each layer", null)
+    _show_change("null: affinity against balanced, top-1, tokens shuffled in each layer", null)
     shift = domain_shift(trace, topology, **common)
     for fitted, row in shift["kept"].items():
         kept = "  ".join(f"{name} {100 * share:.0f}%" for name, share in row.items())

@@ -1,0 +1,85 @@
+"""Evaluation: held-out tables, intervals, the null and the domain shift."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from placement.evaluation import (
+    bootstrap_change,
+    compare_strategies,
+    domain_shift,
+    domain_weights,
+    evaluate_null,
+    format_table,
+    measure,
+)
+from placement.strategies import PlacementOptions, get_strategy
+from placement.topology import Topology
+from placement.traffic import count_traffic
+from planted import planted_trace
+
+FOUR = Topology(num_nodes=1, ranks_per_node=4)
+QUICK = PlacementOptions(effort=0.2, time_limit=5.0)
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return planted_trace(experts=16, top_k=2, tokens=2000, sequences=40)
+
+
+def test_the_table_starts_with_linear_at_home_and_ends_with_affinity(trace):
+    rows = compare_strategies(
+        trace, FOUR, ["linear", "balanced", "affinity"], slots_per_rank=None, options=QUICK
+    )
+    names = [row["plan"] for row in rows]
+    assert names == ["linear, home", "linear, coherent", "balanced, coherent", "affinity, coherent"]
+    totals = [row["rows_per_token"]["total"] for row in rows]
+    assert totals[-1] == min(totals)
+    assert format_table(rows).count("\n") == 4
+
+
+def test_a_strategy_that_finds_no_plan_says_so_in_the_table(trace):
+    options = replace(QUICK, max_imbalance=1.0)
+    rows = compare_strategies(
+        trace, FOUR, ["linear", "affinity"], slots_per_rank=None, options=options
+    )
+    assert "max / mean load" in format_table(rows)
+
+
+def test_figures_carry_bytes_where_a_row_has_a_size(trace):
+    plan = get_strategy("linear")(trace, FOUR)
+    figures = measure(trace, plan, row_bytes=10, kv_bytes=3)
+    assert figures["kv_bytes_per_token"] == 3 * 4 * 3
+    rows = figures["rows_per_token"]["total"]
+    assert figures["bytes_per_token"] == pytest.approx(10 * rows + 36)
+    assert measure(trace, plan, protocol="home", kv_bytes=3)["kv_bytes_per_token"] == 0
+
+
+def test_the_interval_holds_the_change(trace):
+    plans = [get_strategy(name)(trace, FOUR, options=QUICK) for name in ("linear", "affinity")]
+    change = bootstrap_change(trace, *(count_traffic(trace, plan) for plan in plans))
+    assert change["low"] <= change["change"] <= change["high"] < 0
+
+
+def test_the_null_gains_nothing(trace):
+    change = evaluate_null(trace, FOUR, options=replace(QUICK, effort=1.0))
+    assert abs(change["change"]) < 0.05
+
+
+def test_a_plan_for_all_domains_keeps_most_of_each_gain():
+    trace = planted_trace(experts=16, top_k=2, tokens=2000, sequences=40)
+    domain = (trace.sequence_ids % 2).astype(np.uint8)
+    trace = replace(trace, domain_ids=domain, domains=("a", "b"))
+    shift = domain_shift(trace, FOUR, options=QUICK)
+    assert shift["domains"] == ["a", "b"]
+    assert set(shift["kept"]) == {"a", "b", "all"}
+    assert min(shift["kept"]["all"].values()) > 0.85
+
+
+def test_domains_get_the_same_total_weight():
+    trace = planted_trace(tokens=400)
+    domain = (np.arange(400) < 100).astype(np.uint8)
+    weights = domain_weights(replace(trace, domain_ids=domain, domains=("a", "b")))
+    assert weights[domain == 0].sum() == pytest.approx(weights[domain == 1].sum())
+    assert weights.sum() == pytest.approx(400)
