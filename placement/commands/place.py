@@ -138,7 +138,12 @@ def _write_plan(
     rows = traffic.rows_per_token()["total"]
     fullest = max(len(experts) for ranks in plan.slots for experts in ranks)
     bound = lower_bound(trace, topology, slots_per_rank=fullest, **setting).summary(rows)
-    predicted = {**plan.predicted, "rows_per_token": round(rows, 4)}
+    predicted = {
+        **setting,
+        "rows_per_token": traffic.rows_per_token(),
+        "imbalance": traffic.imbalance(),
+        **plan.predicted,
+    }
     plan = replace(plan, predicted=predicted, bound=bound)
     plan.save(output)
     imbalance = traffic.imbalance()

@@ -10,7 +10,10 @@ import numpy as np
 
 from placement.search.anneal import anneal
 from placement.search.caps import expected_imbalance
+from placement.search.moves import may_hold, put
+from placement.search.start import expert_load
 from placement.search.state import (
+    EMPTY,
     Flow,
     Layout,
     Limits,
@@ -136,6 +139,21 @@ def solve(search: Search, *, cap: float, node_cap: float, effort: float) -> None
             search.cool(stage, effort=effort, caps=caps, top=HIGH_PENALTY)
     except KeyboardInterrupt:
         return
+    finally:
+        if search.replicas and search.max_moves is None:
+            fill_spare_slots(search)
+
+
+def fill_spare_slots(search: Search) -> None:
+    """Engines want all slots in use: what stayed empty takes the least busy expert it can."""
+    slots = search.layout.slots
+    load = expert_load(search.tokens, search.layout.hosts.shape[1])
+    problem = search.problem(1, (np.inf, np.inf), 0)
+    for layer, rank, slot in np.argwhere(slots == EMPTY):
+        for expert in np.argsort(load[layer], kind="stable"):
+            if may_hold(problem, layer, int(expert), rank, -1):
+                put(search.layout, layer, rank, slot, int(expert))
+                break
 
 
 def tightened(search: Search, cap: float) -> float:
