@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from placement.errors import UserError
+from placement.interop.counts import require_routing
 from placement.plan import PlacementPlan
 from placement.stability import describe_stability
 from placement.statistics import describe
@@ -159,6 +160,7 @@ def gather(
     profiles: dict[str, RoutingTrace] = {}
     for path in traces:
         trace = RoutingTrace.load(path)
+        require_routing(trace, "report")
         if profiles.setdefault(_key(trace.model), trace) is not trace:
             msg = f"{path} is a second trace of {trace.model}; give one --trace a model"
             raise ReportError(msg)

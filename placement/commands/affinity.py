@@ -30,8 +30,10 @@ def affinity(
     from placement.trace import RoutingTrace, merge_traces
 
     trace = merge_traces([RoutingTrace.load(path) for path in traces])
-    require_routing(trace, "affinity")
     other = None if against is None else RoutingTrace.load(against)
+    for loaded in (trace, other):
+        if loaded is not None:
+            require_routing(loaded, "affinity")
     if top1:
         trace = trace.top1()
         other = None if other is None else other.top1()
