@@ -102,6 +102,8 @@ class DecodeAttention:
         self._rotation_S2E = rotary.at(positions_S)
         self._addresses_S = cache.addresses(slots_S, positions_S)
         self._pages_SP = cache.page_table[:, :num_pages]
+        layers = torch.arange(definition.num_layers, device=positions_S.device)
+        self._layer_starts = layers[:, None] * cache.num_tokens
         self._slots: torch.Tensor | None = None
 
     def rotation(self, slots_T: torch.Tensor) -> torch.Tensor:
@@ -109,7 +111,7 @@ class DecodeAttention:
         if slots_T is not self._slots:
             self._slots = slots_T
             self._rotation_T2E = self._rotation_S2E[slots_T]
-            self._addresses_T = self._addresses_S[slots_T]
+            self._addresses_LT = self._layer_starts + self._addresses_S[slots_T]
             self._pages_TP = self._pages_SP[slots_T]
             self._mask_T11C = self._mask_SC[slots_T][:, None, None]
         return self._rotation_T2E
@@ -120,19 +122,20 @@ class DecodeAttention:
         """Write, gather pages, and attend with a mask over what is past the sequence's end."""
         self.rotation(slots_T)
         cache, definition = self._cache, self._definition
-        addresses_T = self._addresses_T + layer * cache.num_tokens
+        num_tokens = slots_T.shape[0]
+        addresses_T = self._addresses_LT[layer]
         cache.write(addresses_T, entries_TF)
         self.written.append((addresses_T, entries_TF))
         size, kv_heads = definition.head_dim, definition.num_kv_heads
         context = cache.read(layer, self._pages_TP)
-        context_TC2JE = context.view(len(slots_T), -1, 2, kv_heads, size)
+        context_TC2JE = context.view(num_tokens, -1, 2, kv_heads, size)
         found = functional.scaled_dot_product_attention(
-            query_THE.view(len(slots_T), kv_heads, -1, size),
+            query_THE.view(num_tokens, kv_heads, -1, size),
             context_TC2JE[:, :, 0].transpose(1, 2),
             context_TC2JE[:, :, 1].transpose(1, 2),
             attn_mask=self._mask_T11C,
         )
-        return found.reshape(len(slots_T), -1)
+        return found.reshape(num_tokens, -1)
 
 
 class PrefillAttention:

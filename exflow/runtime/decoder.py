@@ -36,12 +36,13 @@ class Decoder:
         self, layer: int, hidden_TD: torch.Tensor, slots_T: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
         """The residual stream after a layer's attention."""
-        if len(hidden_TD) == 0:
+        num_tokens = hidden_TD.shape[0]
+        if num_tokens == 0:
             return hidden_TD
         weights, definition = self.weights.layers[layer], self.definition
         normed_TD = self._norm(hidden_TD, weights.input_norm)
         projected = _linear(normed_TD, weights.qkv, weights.qkv_bias)
-        projected = projected.view(len(hidden_TD), -1, definition.head_dim)
+        projected = projected.view(num_tokens, -1, definition.head_dim)
         heads = self._normed_heads(projected[:, : self._rotated_heads], weights)
         values = projected[:, self._rotated_heads :]
         if definition.clip_qkv is not None:
@@ -56,16 +57,16 @@ class Decoder:
             return hidden_TD + found_TD
         return torch.addmm(hidden_TD, found, weights.output)
 
-    def route(self, layer: int, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, K) experts of each token, by falling gate weight, and the weights in float32."""
+    def route(self, layer: int, normed_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, K) experts of each normed token, by falling gate weight; the weights in float32."""
         definition, router = self.definition, self.weights.layers[layer].router
         assert router is not None
-        logits = self.post_norm(layer, hidden_TD) @ router
+        logits = normed_TD @ router
         scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
         weights_TK, expert_ids_TK = scores.topk(definition.top_k, dim=-1)
         if definition.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return expert_ids_TK, weights_TK.to(hidden_TD.dtype).float()
+        return expert_ids_TK, weights_TK.to(normed_TD.dtype).float()
 
     def post_norm(self, layer: int, hidden_TD: torch.Tensor) -> torch.Tensor:
         """The norm between a layer's attention and its experts."""

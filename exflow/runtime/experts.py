@@ -1,6 +1,7 @@
 """The experts of a rank at one layer: rows in, gate-weighted partial sums out.
 
-Shape suffixes: N rows, K choices a row, P (row, expert) pairs, D hidden size, F expert width.
+Shape suffixes: N rows, K choices a row, P (row, expert) pairs, S slots, D hidden size, F expert
+width.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from exflow.runtime.weights import ExpertWeights
 
 
+# Sizes (of one expert, and times the rows) up to which all experts on all rows take less time than
+# sorting rows by expert and many small products; found on a CPU with AVX-512.
+SMALL_EXPERT = 1 << 13
+FEW_ROWS = 1 << 17
+
+
 def run_experts(
     experts: ExpertWeights,
     hidden_ND: torch.Tensor,
@@ -21,9 +28,6 @@ def run_experts(
     weights_NK: torch.Tensor,
 ) -> torch.Tensor:
     """The weighted sum of what the rank's experts make of each row.
-
-    Pairs are sorted by expert and go through `grouped_mm`, which was the fastest of five ways at
-    decode sizes on a CPU (against a loop over experts, padded and gathered batches).
 
     Args:
         experts: the rank's experts at this layer.
@@ -34,15 +38,58 @@ def run_experts(
     Returns:
         (N, D) partial sums; zero for a row of which no expert is here.
     """
+    num_slots, width, hidden_size = experts.down.shape
+    num_rows = hidden_ND.shape[0]
+    if num_slots == 0 or num_rows == 0:
+        return torch.zeros_like(hidden_ND)
+    if experts.joined is not None and num_rows * width * hidden_size <= FEW_ROWS:
+        return run_all(experts, experts.joined, hidden_ND, slots_NK, weights_NK)
+    return run_chosen(experts, hidden_ND, slots_NK, weights_NK)
+
+
+def can_join(width: int, hidden_size: int, dtype: torch.dtype) -> bool:
+    """Whether experts are small enough for `run_all`.
+
+    Not in float16, where an expert that was not chosen might overflow and spoil the sum.
+    """
+    return width * hidden_size <= SMALL_EXPERT and dtype != torch.float16
+
+
+def run_all(
+    experts: ExpertWeights,
+    joined: torch.Tensor,
+    hidden_ND: torch.Tensor,
+    slots_NK: torch.Tensor,
+    weights_NK: torch.Tensor,
+) -> torch.Tensor:
+    """Every expert on every row, in two products; the gate is zero where it did not choose."""
+    num_slots, width, _ = experts.down.shape
+    num_rows = hidden_ND.shape[0]
+    gate_NS = weights_NK.new_zeros((num_rows, num_slots + 1))
+    gate_NS.scatter_(1, slots_NK % (num_slots + 1), weights_NK)  # -1 becomes the last column
+    inner = hidden_ND @ joined
+    size = num_slots * width
+    inner = functional.silu(inner[:, :size]) * inner[:, size:]
+    inner.view(num_rows, num_slots, width).mul_(gate_NS[:, :-1, None])
+    return inner @ experts.down.view(size, -1)
+
+
+def run_chosen(
+    experts: ExpertWeights,
+    hidden_ND: torch.Tensor,
+    slots_NK: torch.Tensor,
+    weights_NK: torch.Tensor,
+) -> torch.Tensor:
+    """Pairs of row and expert, sorted by expert, in one grouped product for each projection."""
     partial_ND = torch.zeros_like(hidden_ND)
     flat_slots = slots_NK.flatten()
     slots_P, order_P = flat_slots.sort(stable=True)
     num_elsewhere = int((flat_slots < 0).sum())
     slots_P, order_P = slots_P[num_elsewhere:], order_P[num_elsewhere:]
-    if len(slots_P) == 0:
+    if slots_P.shape[0] == 0:
         return partial_ND
     rows_P = order_P // slots_NK.shape[1]
-    ends = torch.bincount(slots_P, minlength=len(experts.down)).cumsum(0).to(torch.int32)
+    ends = torch.bincount(slots_P, minlength=experts.down.shape[0]).cumsum(0).to(torch.int32)
     out_PD = apply_grouped(experts, hidden_ND.index_select(0, rows_P), ends)
     weights_P = weights_NK.flatten()[order_P].to(out_PD.dtype)
     return partial_ND.index_add_(0, rows_P, out_PD * weights_P[:, None])

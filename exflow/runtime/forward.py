@@ -61,7 +61,8 @@ def _run_experts(
     metrics: PhaseMetrics,
     recorder: DecodeRecorder | None,
 ) -> Tokens:
-    expert_ids_TK, weights_TK = decoder.route(layer, tokens.hidden)
+    normed_TD = decoder.post_norm(layer, tokens.hidden)
+    expert_ids_TK, weights_TK = decoder.route(layer, normed_TD)
     if recorder is not None:
         recorder.add(tokens.slots, expert_ids_TK, weights_TK)
     metrics.lap("gate")
@@ -69,7 +70,8 @@ def _run_experts(
     metrics.lap("dispatch")
     experts = decoder.weights.layers[layer].experts
     assert experts is not None
-    normed_ND = decoder.post_norm(layer, rows.hidden)
+    stayed = rows.hidden is tokens.hidden
+    normed_ND = normed_TD if stayed else decoder.post_norm(layer, rows.hidden)
     partial_ND = run_experts(experts, normed_ND, rows.expert_slots, rows.weights)
     metrics.lap("experts")
     tokens = dispatcher.combine(partial_ND, record)

@@ -90,4 +90,4 @@ class KvCache:
     def read(self, layer: int, pages_TP: torch.Tensor) -> torch.Tensor:
         """(T, C, F) the contents of pages, C = P * PAGE_SIZE."""
         contents = self._pages[layer].index_select(0, pages_TP.flatten())
-        return contents.view(len(pages_TP), -1, self.entries.shape[1])
+        return contents.view(pages_TP.shape[0], -1, self.entries.shape[1])

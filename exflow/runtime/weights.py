@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from exflow.errors import CheckpointError
+from exflow.runtime.experts import can_join
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,11 +26,13 @@ class ExpertWeights:
 
     Attributes:
         gate_up: (S, D, 2F), the gate's columns first.
-        down: (S, F, D).
+        down: (S, F, D), contiguous.
+        joined: (D, 2SF) the gates of all slots, then their ups, if the experts are small.
     """
 
     gate_up: torch.Tensor
     down: torch.Tensor
+    joined: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,7 +155,7 @@ class _Reader:
             qk_norm=self._qk_norm(prefix + names.attention),
             output=output,
             output_bias=output_bias,
-            router=None if is_dense else self.read(prefix + names.router, router).t(),
+            router=None if is_dense else self.read(prefix + names.router, router).t().contiguous(),
             experts=None if experts is None else self._experts(prefix + names.experts, experts),
             dense=self._dense(prefix + names.dense) if is_dense else None,
         )
@@ -167,7 +170,7 @@ class _Reader:
             self.read(f"{prefix}{name}.weight", (width, definition.hidden_size))
             for name, width in widths.items()
         ]
-        qkv = torch.cat(weights).t()
+        qkv = torch.cat(weights).t().contiguous()
         if not definition.attention_bias:
             return qkv, None
         biases = [self.read(f"{prefix}{name}.bias", (width,)) for name, width in widths.items()]
@@ -176,7 +179,8 @@ class _Reader:
     def _output(self, prefix: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         definition = self.definition
         queries = definition.num_heads * definition.head_dim
-        weight = self.read(f"{prefix}o_proj.weight", (definition.hidden_size, queries)).t()
+        weight = self.read(f"{prefix}o_proj.weight", (definition.hidden_size, queries))
+        weight = weight.t().contiguous()
         if not definition.attention_bias:
             return weight, None
         return weight, self.read(f"{prefix}o_proj.bias", (definition.hidden_size,))
@@ -194,22 +198,28 @@ class _Reader:
 
     def _dense(self, prefix: str) -> ExpertWeights:
         gate_up, down = self._separate(prefix, self.definition.dense_size)
-        return ExpertWeights(gate_up=gate_up.t()[None], down=down.t()[None])
+        return ExpertWeights(
+            gate_up=gate_up.t().contiguous()[None], down=down.t().contiguous()[None]
+        )
 
     def _experts(self, prefix: str, experts: Sequence[int]) -> ExpertWeights:
         hidden, size = self.definition.hidden_size, self.definition.expert_size
         gate_up = torch.empty(
             (len(experts), 2 * size, hidden), dtype=self.dtype, device=self.device
         )
-        down = torch.empty((len(experts), hidden, size), dtype=self.dtype, device=self.device)
+        down = torch.empty((len(experts), size, hidden), dtype=self.dtype, device=self.device)
         is_fused = prefix + "gate_up_proj" in self.checkpoint
         for slot, expert in enumerate(experts):
             if is_fused:
                 gate_up[slot] = self.read(prefix + "gate_up_proj", (2 * size, hidden), rows=expert)
-                down[slot] = self.read(prefix + "down_proj", (hidden, size), rows=expert)
+                down[slot] = self.read(prefix + "down_proj", (hidden, size), rows=expert).t()
             else:
-                gate_up[slot], down[slot] = self._separate(f"{prefix}{expert}.", size)
-        return ExpertWeights(gate_up=gate_up.transpose(1, 2), down=down.transpose(1, 2))
+                gate_up[slot], down_DF = self._separate(f"{prefix}{expert}.", size)
+                down[slot] = down_DF.t()
+        joined = None
+        if can_join(size, hidden, self.dtype):
+            joined = gate_up.view(-1, 2, size, hidden).permute(3, 1, 0, 2).flatten(1)
+        return ExpertWeights(gate_up=gate_up.transpose(1, 2), down=down, joined=joined)
 
     def _separate(self, prefix: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate above up (2F, D), and down (D, F), of three linear layers."""

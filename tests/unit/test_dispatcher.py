@@ -30,11 +30,14 @@ def make_plan(slots, num_experts, *, num_nodes=1):
     )
 
 
-def make_experts(num_slots, hidden=16, size=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def make_experts(num_slots, hidden=16, size=8, *, is_joined=False):
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(num_slots, hidden, 2 * size, generator=generator)
+    joined = torch.cat([part.transpose(0, 1).flatten(1) for part in gate_up.chunk(2, dim=2)], dim=1)
     return ExpertWeights(
-        gate_up=torch.randn(num_slots, hidden, 2 * size, generator=generator),
+        gate_up=gate_up,
         down=torch.randn(num_slots, size, hidden, generator=generator),
+        joined=joined if is_joined else None,
     )
 
 
@@ -108,9 +111,10 @@ def test_tables_choose_as_the_planner_does():
             assert all(slots[layer][rank][s] == e for e, s in enumerate(mine.tolist()) if s >= 0)
 
 
+@pytest.mark.parametrize("is_joined", [False, True])
 @pytest.mark.parametrize(("num_rows", "top_k"), [(0, 2), (1, 1), (7, 3), (40, 2)])
-def test_grouped_experts_equal_experts_one_by_one(num_rows, top_k):
-    experts = make_experts(5)
+def test_experts_together_equal_experts_one_by_one(num_rows, top_k, is_joined):
+    experts = make_experts(5, is_joined=is_joined)
     generator = torch.Generator().manual_seed(num_rows)
     hidden = torch.randn(num_rows, 16, generator=generator)
     slots = torch.stack(
