@@ -87,7 +87,7 @@ def test_a_plan_refuses_another_job():
         plan.check_for(model="toy", num_experts=4, layer_ids=(0,), num_ranks=4)
     with pytest.raises(PlanError, match="made for toy, this model is other"):
         plan.check_for(model="other", num_experts=4, layer_ids=(0,), num_ranks=2)
-    with pytest.raises(PlanError, match="this model is toy .1 MoE layers of 8.;"):
+    with pytest.raises(PlanError, match=r"this model is toy .1 MoE layers of 8.;"):
         plan.check_for(model="toy", num_experts=8, layer_ids=(0,), num_ranks=2)
 
 
