@@ -62,11 +62,15 @@ class Reference:
     logits: list[Any]
 
 
-def decode_with_transformers(folder: Path, prompts: list[list[int]], new_tokens: int) -> Reference:
+def decode_with_transformers(
+    folder: Path, prompts: list[list[int]], new_tokens: int, *, ignore_eos: bool = False
+) -> Reference:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if ignore_eos:
+        model.generation_config.eos_token_id = None
     tokens, logits = [], []
     for prompt in prompts:
         output = model.generate(

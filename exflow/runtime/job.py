@@ -227,7 +227,7 @@ def _make_requests(prepared: Prepared, finished: set[int | str]) -> list[Request
             index=prompt.index,
             id=prompt.id,
             prompt=prompt.text,
-            token_ids=tuple(prepared.tokenizer(prompt.text)["input_ids"]),
+            token_ids=tuple(prepared.tokenizer(prompt.text, verbose=False)["input_ids"]),
         )
         for prompt in waiting
     ]

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from exflow.assets import BUNDLED_MODELS, resolve_model
 from exflow.runtime.engine import EngineOptions
 from exflow.runtime.job import Job, run_job
 from exflow.runtime.requests import SamplingParams
 from harness import run_ranks
 from placement.trace import RoutingTrace
-from tiny_checkpoints import qwen3_moe, save_byte_tokenizer
+from tiny_checkpoints import decode_with_transformers, qwen3_moe, save_byte_tokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -170,6 +172,28 @@ def test_a_shard_that_only_one_rank_reads_and_cannot(job, model, tmp_path):
     assert first[0][1].startswith("rank 1 cannot go on")
     assert second[0][0] == "CheckpointError"
     assert "True.safetensors" in second[0][1]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_reference_models_decode_as_in_transformers(name, job, tmp_path):
+    folder = Path(resolve_model(name))
+    texts = ["The history of the city begins", "def add(a, b):\n    return", "Let x = 2 and y ="]
+    prompts = tmp_path / "texts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    arms = [
+        job(model=name, prompts=prompts, output=tmp_path / f"{protocol}.jsonl", sampling=params,
+            engine=EngineOptions(protocol=protocol))
+        for protocol in ("home", "coherent")
+    ]  # fmt: skip
+    assert run_ranks(2, try_jobs, arms) == [[None, None]] * 2
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    token_ids = [tokenizer(text)["input_ids"] for text in texts]
+    expected = decode_with_transformers(folder, token_ids, 6, ignore_eos=True).tokens
+    for arm in arms:
+        found = {line["id"]: line["token_ids"] for line in read(arm.output)}
+        assert [found[index] for index in range(len(texts))] == expected
 
 
 def test_options_are_checked_before_anything_is_read(job):

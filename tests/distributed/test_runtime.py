@@ -215,7 +215,7 @@ def test_a_domain_of_one_rank_is_home(on_two_ranks):
     assert home.decode["messages"] == alone.decode["messages"]
     assert alone.decode["bytes"]["kv_share"] == 0
     for key, row in home.logits.items():
-        assert np.array_equal(row, alone.logits[key])
+        assert np.abs(row - alone.logits[key]).max() <= 1e-5 * max(1.0, np.abs(row).max())
 
 
 def test_messages_a_step(model, on_two_ranks):
