@@ -209,6 +209,7 @@ def write_report(path: Path, settings: Settings) -> None:
     for name in MODELS:
         folder = settings.out / name
         arguments += ["--trace", folder / "trace.safetensors"]
+        arguments += ["--held-out", folder / "decoded-home-linear.safetensors"]
         for strategy in ("linear", "affinity"):
             arguments += ["--plan", folder / f"plan-{strategy}.json"]
         for protocol, strategy in ARMS:
