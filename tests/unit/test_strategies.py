@@ -76,7 +76,8 @@ def test_affinity_keeps_the_cap_it_is_given(trace):
     assert traffic.imbalance()["max"] <= 1.15
 
 
-def test_replicas_save_rows(trace):
+def test_replicas_save_rows_where_groups_overlap():
+    trace = planted_trace(experts=16, top_k=2, tokens=800, noise=0.5)
     rows = [
         count_traffic(trace, place("affinity", trace, FOUR, slots, max_imbalance=1.3))
         for slots in (4, 6)
