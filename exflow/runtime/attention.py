@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.nn import functional
 
-from exflow.runtime.kv_cache import PAGE_SIZE
+from exflow.runtime.kv_cache import PAGE_SIZE, pages_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,7 +139,7 @@ class DecodeAttention:
 
 
 class PrefillAttention:
-    """Whole prompts, one after the other in one row of tokens."""
+    """Prompts, or the next part of each, one after the other in one row of tokens."""
 
     def __init__(
         self,
@@ -149,18 +149,31 @@ class PrefillAttention:
         *,
         slots: Sequence[int],
         lengths: Sequence[int],
+        starts: Sequence[int] | None = None,
     ) -> None:
-        """Prepare a pass over the prompts of `slots`, `lengths` tokens each."""
+        """Prepare a pass over the prompts of `slots`, `lengths` tokens each.
+
+        Args:
+            definition: the model.
+            cache: where keys and values are.
+            rotary: position embedding.
+            slots: the slot of each prompt.
+            lengths: tokens of each that this pass reads.
+            starts: tokens of each that earlier passes have read; none unless given.
+        """
         self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._definition = definition
         self._cache = cache
         self._lengths = list(lengths)
+        self._starts = [0] * len(self._lengths) if starts is None else list(starts)
+        self._prompt_slots = list(slots)
         device = cache.entries.device
         counts = torch.tensor(self._lengths, dtype=torch.int64, device=device)
         self.slots = torch.tensor(list(slots), dtype=torch.int64, device=device)
         self.slots = self.slots.repeat_interleave(counts)
-        starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        positions_T = torch.arange(len(self.slots), device=device) - starts
+        first = torch.tensor(self._starts, dtype=torch.int64, device=device)
+        shift_T = (counts.cumsum(0) - counts - first).repeat_interleave(counts)
+        positions_T = torch.arange(len(self.slots), device=device) - shift_T
         self._rotation_T2E = rotary.at(positions_T)
         self._addresses_T = cache.addresses(self.slots, positions_T)
 
@@ -172,7 +185,7 @@ class PrefillAttention:
     def attend(
         self, layer: int, slots_T: torch.Tensor, query_THE: torch.Tensor, entries_TF: torch.Tensor
     ) -> torch.Tensor:
-        """Write, and attend causally within each prompt."""
+        """Write, and attend causally within each prompt; what was read before is in the cache."""
         del slots_T
         addresses_T = self._addresses_T + layer * self._cache.num_tokens
         self._cache.write(addresses_T, entries_TF)
@@ -182,19 +195,40 @@ class PrefillAttention:
             torch.split(entries_TF, self._lengths),
             strict=True,
         )
-        found = [self._attend_prompt(query, entries) for query, entries in parts]
+        found = [
+            self._attend_prompt(query, self._context(layer, number, entries))
+            for number, (query, entries) in enumerate(parts)
+        ]
         return torch.cat(found) if found else query_THE.flatten(1)
 
-    def _attend_prompt(self, query_THE: torch.Tensor, entries_TF: torch.Tensor) -> torch.Tensor:
+    def _context(self, layer: int, number: int, entries_TF: torch.Tensor) -> torch.Tensor:
+        """(C, F) keys and values of a prompt up to the end of this pass."""
+        start = self._starts[number]
+        if start == 0:
+            return entries_TF
+        length = start + len(entries_TF)
+        pages = self._cache.page_table[self._prompt_slots[number], : pages_for(length)]
+        return self._cache.read(layer, pages[None])[0, :length]
+
+    def _attend_prompt(self, query_THE: torch.Tensor, entries_CF: torch.Tensor) -> torch.Tensor:
         definition = self._definition
         size, kv_heads = definition.head_dim, definition.num_kv_heads
         group = definition.num_heads // kv_heads
-        heads_T2JE = entries_TF.view(-1, 2, kv_heads, size)
-        heads_2HTE = heads_T2JE.permute(1, 2, 0, 3).repeat_interleave(group, dim=1)
+        heads_C2JE = entries_CF.view(-1, 2, kv_heads, size)
+        heads_2HCE = heads_C2JE.permute(1, 2, 0, 3).repeat_interleave(group, dim=1)
+        is_whole = len(query_THE) == len(entries_CF)
         found_HTE = functional.scaled_dot_product_attention(
             query_THE.transpose(0, 1)[None],
-            heads_2HTE[:1],
-            heads_2HTE[1:],
-            is_causal=True,
+            heads_2HCE[:1],
+            heads_2HCE[1:],
+            attn_mask=None if is_whole else _seen(len(query_THE), entries_CF),
+            is_causal=is_whole,
         )[0]
         return found_HTE.transpose(0, 1).reshape(len(query_THE), -1)
+
+
+def _seen(num_queries: int, entries_CF: torch.Tensor) -> torch.Tensor:
+    """Bool (T, C): the last `num_queries` positions see themselves and what is before."""
+    length = len(entries_CF)
+    context = torch.arange(length, device=entries_CF.device)
+    return context <= context[length - num_queries :, None]
