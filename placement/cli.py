@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "affinity": "placement.commands.affinity",
     "place": "placement.commands.place",
+    "merge": "placement.commands.merge",
     "simulate": "placement.commands.simulate",
     "compare": "placement.commands.compare",
     "import": "placement.commands.import_trace",
