@@ -15,7 +15,7 @@ check() {
 
 check ruff check .
 check ruff format --check .
-check shellcheck --severity warning -x scripts/*.sh scripts/lib/*.sh .ci/run
+check shellcheck --severity warning -x scripts/*.sh scripts/lib/*.sh launch/*.sh launch/slurm.sbatch .ci/run
 check mypy
 check python -m pytest -q "$@"
 
