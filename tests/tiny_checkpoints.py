@@ -39,6 +39,78 @@ def olmoe(folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes
     return _save(OlmoeForCausalLM, config, folder, max_shard_size, seed)
 
 
+def mixtral(folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes: Any) -> Path:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"intermediate_size": 32, "bos_token_id": 0, "eos_token_id": 1}
+    config = MixtralConfig(**(_renamed(SMALL, "num_local_experts") | ATTENTION | sizes | changes))
+    return _save(MixtralForCausalLM, config, folder, max_shard_size, seed)
+
+
+def qwen2_moe(folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes: Any) -> Path:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "intermediate_size": 96,
+    }
+    config = Qwen2MoeConfig(**(SMALL | sizes | changes))
+    return _save(Qwen2MoeForCausalLM, config, folder, max_shard_size, seed)
+
+
+LATENT = {
+    "kv_lora_rank": 24,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 96,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_key_value_heads": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def deepseek_v2(
+    folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes: Any
+) -> Path:
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    choice = {"topk_method": "group_limited_greedy", "n_shared_experts": 2}
+    config = DeepseekV2Config(**(_renamed(SMALL, "n_routed_experts") | LATENT | choice | changes))
+    return _save(DeepseekV2ForCausalLM, config, folder, max_shard_size, seed)
+
+
+def deepseek_v3(
+    folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes: Any
+) -> Path:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    choice = {"n_shared_experts": 1, "num_nextn_predict_layers": 0}
+    config = DeepseekV3Config(**(_renamed(SMALL, "n_routed_experts") | LATENT | choice | changes))
+    return _save(DeepseekV3ForCausalLM, config, folder, max_shard_size, seed)
+
+
+def gpt_oss(folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes: Any) -> Path:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"intermediate_size": 32, "sliding_window": 6, "eos_token_id": 1}
+    config = GptOssConfig(**(_renamed(SMALL, "num_local_experts") | ATTENTION | sizes | changes))
+    return _save(GptOssForCausalLM, config, folder, max_shard_size, seed)
+
+
+def _renamed(sizes: dict[str, Any], name: str) -> dict[str, Any]:
+    """The sizes with the number of experts under the name that a family gives it."""
+    return {name if key == "num_experts" else key: value for key, value in sizes.items()}
+
+
 def _save(model_class: Any, config: Any, folder: Path, max_shard_size: str, seed: int) -> Path:
     import torch
 
@@ -48,8 +120,11 @@ def _save(model_class: Any, config: Any, folder: Path, max_shard_size: str, seed
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
+            elif name.endswith(("bias", "sinks")):
+                parameter.normal_(std=0.1 if name.endswith("bias") else 1.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 

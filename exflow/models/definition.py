@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from exflow.errors import CheckpointError
-
-QkNorm = Literal["none", "head", "projection"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightNames:
-    """The names of a checkpoint's tensors; those below `layer` follow its prefix.
-
-    Experts are stored one by one (`experts` + "7." + `gate` + ".weight") or fused into
-    `experts` + "gate_up_proj" (experts, 2 x size, hidden) and `experts` + "down_proj".
-    """
-
-    embedding: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm.weight"
-    head: str = "lm_head.weight"
-    layer: str = "model.layers.{layer}."
-    attention: str = "self_attn."
-    input_norm: str = "input_layernorm.weight"
-    post_norm: str = "post_attention_layernorm.weight"
-    dense: str = "mlp."
-    router: str = "mlp.gate.weight"
-    experts: str = "mlp.experts."
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
+from exflow.models.names import WeightNames
+from exflow.models.parts import (
+    Activation,
+    FullAttention,
+    LatentAttention,
+    NormKind,
+    Rope,
+    Router,
+    SharedExpert,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderDefinition:
-    """A pre-norm decoder with rotary attention and gated (SwiGLU) experts.
+    """A pre-norm decoder in which some layers have experts.
 
     Attributes:
         name: the model's name, which traces and plans carry.
@@ -43,22 +27,20 @@ class DecoderDefinition:
         vocab_size: entries of the vocabulary.
         hidden_size: width of the residual stream.
         num_layers: decoder layers, dense ones included.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-        head_dim: width of a head.
-        norm_eps: epsilon of every RMS norm.
+        norm: kind of every norm: RMS, or layer norm with a bias.
+        norm_eps: epsilon of the norms.
         max_positions: positions a sequence may have.
-        rope_frequencies: (head_dim / 2) inverse frequencies.
-        rope_scaling: factor on the rotary cosines and sines.
-        qk_norm: norm of queries and keys: over each head, over the whole projection, or none.
-        attention_bias: whether the four attention projections have biases.
-        clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv].
+        rope: rotary position embedding; None for learned positions, added to the embedding.
+        attention: heads, their projections, and what the cache keeps.
+        windows: per layer, how many positions back a token sees, itself included; None for all.
         moe_layer_ids: the layers that have experts; the others have one dense block.
         num_experts: logical experts per MoE layer.
         top_k: experts a token uses.
-        norm_topk_prob: whether the chosen experts' gate weights are scaled to sum to one.
+        router: how they are chosen and weighted.
+        activation: between the two products of an expert, a shared expert and a dense block.
         expert_size: inner width of an expert.
         dense_size: inner width of a dense block.
+        shared_expert: a block that every token of a MoE layer uses besides its experts, or None.
         tie_word_embeddings: whether the head is the embedding.
         eos_token_ids: tokens that end a text.
         weights: the names of the tensors.
@@ -69,41 +51,55 @@ class DecoderDefinition:
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    norm: NormKind = "rms"
     norm_eps: float
     max_positions: int
-    rope_frequencies: tuple[float, ...]
-    rope_scaling: float
-    qk_norm: QkNorm
-    attention_bias: bool
-    clip_qkv: float | None
+    rope: Rope | None
+    attention: FullAttention | LatentAttention
+    windows: tuple[int | None, ...] = ()
     moe_layer_ids: tuple[int, ...]
     num_experts: int
     top_k: int
-    norm_topk_prob: bool
+    router: Router
+    activation: Activation = field(default_factory=Activation)
     expert_size: int
     dense_size: int
+    shared_expert: SharedExpert | None = None
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     weights: WeightNames = field(default_factory=WeightNames)
 
     def __post_init__(self) -> None:
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_layers)
         if not self.moe_layer_ids:
             msg = f"{self.name} has no MoE layer; expected a Mixture-of-Experts model"
             raise CheckpointError(msg)
-        if self.num_heads % self.num_kv_heads:
+        if self.attention.num_heads % self.attention.num_kv_heads:
             msg = (
-                f"{self.name} has {self.num_heads} query heads, which {self.num_kv_heads} "
-                f"key-value heads do not divide"
+                f"{self.name} has {self.attention.num_heads} query heads, which "
+                f"{self.attention.num_kv_heads} key-value heads do not divide"
             )
             raise CheckpointError(msg)
+        self._check_router()
+
+    def _check_router(self) -> None:
+        router = self.router
         if not 1 <= self.top_k <= self.num_experts:
             msg = f"{self.name} wants {self.top_k} of {self.num_experts} experts a token"
+            raise CheckpointError(msg)
+        if self.num_experts % router.num_groups or router.top_groups > router.num_groups:
+            msg = (
+                f"{self.name} wants {router.top_groups} of {router.num_groups} groups of its "
+                f"{self.num_experts} experts"
+            )
+            raise CheckpointError(msg)
+        eligible = self.num_experts // router.num_groups * router.top_groups
+        if self.top_k > eligible:
+            msg = f"{self.name} wants {self.top_k} experts of groups that have {eligible}"
             raise CheckpointError(msg)
 
     @property
     def kv_width(self) -> int:
-        """Elements of one token's key and value in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim
+        """Elements that the cache keeps of one token in one layer."""
+        return self.attention.entry_width

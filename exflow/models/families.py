@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exflow.errors import CheckpointError
-from exflow.models import olmoe, qwen3_moe
+from exflow.models import (
+    deepseek_v2,
+    deepseek_v3,
+    gpt_oss,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +23,12 @@ if TYPE_CHECKING:
     from exflow.models.definition import DecoderDefinition
 
 FAMILIES: dict[str, Callable[[Any, Path, str], DecoderDefinition]] = {
+    "deepseek_v2": deepseek_v2.define,
+    "deepseek_v3": deepseek_v3.define,
+    "gpt_oss": gpt_oss.define,
+    "mixtral": mixtral.define,
     "olmoe": olmoe.define,
+    "qwen2_moe": qwen2_moe.define,
     "qwen3_moe": qwen3_moe.define,
 }
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from exflow.models.config import common_fields
+from exflow.models.config import (
+    common_fields,
+    full_attention,
+    moe_layers_by_step,
+    rope,
+    window_of_every_layer,
+)
 from exflow.models.definition import DecoderDefinition
+from exflow.models.parts import Router
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,16 +20,13 @@ if TYPE_CHECKING:
 
 def define(config: Any, folder: Path, name: str) -> DecoderDefinition:
     """The definition of a `qwen3_moe` checkpoint."""
-    moe_layers = tuple(
-        layer
-        for layer in range(config.num_hidden_layers)
-        if layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
-    )
     return DecoderDefinition(
-        name=name,
-        qk_norm="head",
-        clip_qkv=None,
-        moe_layer_ids=moe_layers,
+        attention=full_attention(config, qk_norm="head", bias=config.attention_bias),
+        windows=window_of_every_layer(config),
+        rope=rope(config, folder),
+        moe_layer_ids=moe_layers_by_step(config),
+        num_experts=config.num_experts,
+        router=Router(is_normalized=config.norm_topk_prob),
         expert_size=config.moe_intermediate_size,
-        **common_fields(config, folder),
+        **common_fields(config, folder, name),
     )

@@ -1,7 +1,7 @@
 """Attention over the paged cache: one token of many sequences, or whole prompts.
 
 Shape suffixes: S slots, T tokens, P pages, C tokens of context, H query heads, J key-value heads,
-G query heads a key-value head, E head size, F elements of a key and value (2 * J * E).
+G query heads a key-value head, E width of a key, F elements the cache keeps of a token.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch.nn import functional
 
 from exflow.runtime.kv_cache import PAGE_SIZE, pages_for
+from exflow.runtime.masked_attention import added, attend, keys_and_values, seen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,37 +29,51 @@ class Attention(Protocol):
 
     written: list[tuple[torch.Tensor, torch.Tensor]]
 
-    def rotation(self, slots_T: torch.Tensor) -> torch.Tensor:
+    def rotation(self, slots_T: torch.Tensor) -> torch.Tensor | None:
         """(T, 2, E) cosines, and sines with their signs, for the tokens' positions."""
 
+    def positions(self, slots_T: torch.Tensor) -> torch.Tensor:
+        """(T,) the tokens' positions."""
+
     def attend(
-        self, layer: int, slots_T: torch.Tensor, query_THE: torch.Tensor, entries_TF: torch.Tensor
+        self,
+        layer: int,
+        slots_T: torch.Tensor,
+        query_THE: torch.Tensor,
+        entries_TF: torch.Tensor,
+        *,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Store the tokens' keys and values; (T, H * E) what their queries find."""
+        """Store what the cache keeps of the tokens; (T, H * E) what their queries find."""
 
 
 class Rotary:
-    """Rotary position embedding, the halves convention (Llama, Qwen, OLMoE)."""
+    """The cosines and sines of rotary position embedding."""
 
     def __init__(
         self, definition: DecoderDefinition, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.frequencies = torch.tensor(
-            definition.rope_frequencies, dtype=torch.float32, device=device
-        )
-        self.scaling = definition.rope_scaling
+        rope = definition.rope
+        self.frequencies = None
+        if rope is not None:
+            self.frequencies = torch.tensor(rope.frequencies, dtype=torch.float32, device=device)
+            self.scaling = rope.scaling
         self.dtype = dtype
 
-    def at(self, positions_T: torch.Tensor) -> torch.Tensor:
-        """(T, 2, E) cosines and signed sines."""
+    def at(self, positions_T: torch.Tensor) -> torch.Tensor | None:
+        """(T, 2, E) cosines and signed sines; None where positions are learned."""
+        if self.frequencies is None:
+            return None
         angles = positions_T[:, None].float() * self.frequencies
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         halves = [torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]
         return torch.stack(halves, dim=1).to(self.dtype)
 
 
-def rotate(heads_THE: torch.Tensor, rotation_T2E: torch.Tensor) -> torch.Tensor:
+def rotate(heads_THE: torch.Tensor, rotation_T2E: torch.Tensor | None) -> torch.Tensor:
     """Turn each half-pair of a head by its angle."""
+    if rotation_T2E is None:
+        return heads_THE
     cos, sin = rotation_T2E[:, :1], rotation_T2E[:, 1:]
     swapped = heads_THE.roll(heads_THE.shape[-1] // 2, dims=-1)
     return torch.addcmul(heads_THE * cos, swapped, sin)
@@ -95,10 +109,11 @@ class DecodeAttention:
         slots_S = torch.arange(len(positions_S), device=positions_S.device)
         num_pages = longest // PAGE_SIZE + 1
         context = torch.arange(num_pages * PAGE_SIZE, device=positions_S.device)
-        is_seen = context <= positions_S[:, None]
-        self._mask_SC = torch.zeros_like(is_seen, dtype=rotary.dtype).masked_fill_(
-            ~is_seen, float("-inf")
-        )
+        self._masks_SC = {
+            window: added(seen(positions_S, context, window), rotary.dtype)
+            for window in set(definition.windows)
+        }
+        self._positions_S = positions_S
         self._rotation_S2E = rotary.at(positions_S)
         self._addresses_S = cache.addresses(slots_S, positions_S)
         self._pages_SP = cache.page_table[:, :num_pages]
@@ -106,34 +121,48 @@ class DecodeAttention:
         self._layer_starts = layers[:, None] * cache.num_tokens
         self._slots: torch.Tensor | None = None
 
-    def rotation(self, slots_T: torch.Tensor) -> torch.Tensor:
+    def positions(self, slots_T: torch.Tensor) -> torch.Tensor:
+        """(T,) the tokens' positions."""
+        return self._positions_S[slots_T]
+
+    def rotation(self, slots_T: torch.Tensor) -> torch.Tensor | None:
         """(T, 2, E) cosines and signed sines."""
         if slots_T is not self._slots:
             self._slots = slots_T
-            self._rotation_T2E = self._rotation_S2E[slots_T]
+            turns = self._rotation_S2E
+            self._rotation_T2E = None if turns is None else turns[slots_T]
             self._addresses_LT = self._layer_starts + self._addresses_S[slots_T]
             self._pages_TP = self._pages_SP[slots_T]
-            self._mask_T11C = self._mask_SC[slots_T][:, None, None]
+            self._masks_T11C = {
+                window: mask_SC[slots_T][:, None, None]
+                for window, mask_SC in self._masks_SC.items()
+            }
         return self._rotation_T2E
 
     def attend(
-        self, layer: int, slots_T: torch.Tensor, query_THE: torch.Tensor, entries_TF: torch.Tensor
+        self,
+        layer: int,
+        slots_T: torch.Tensor,
+        query_THE: torch.Tensor,
+        entries_TF: torch.Tensor,
+        *,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write, gather pages, and attend with a mask over what is past the sequence's end."""
+        """Write, gather pages, and attend with a mask over what the token does not see."""
         self.rotation(slots_T)
-        cache, definition = self._cache, self._definition
+        cache, attention = self._cache, self._definition.attention
         num_tokens = slots_T.shape[0]
         addresses_T = self._addresses_LT[layer]
         cache.write(addresses_T, entries_TF)
         self.written.append((addresses_T, entries_TF))
-        size, kv_heads = definition.head_dim, definition.num_kv_heads
-        context = cache.read(layer, self._pages_TP)
-        context_TC2JE = context.view(num_tokens, -1, 2, kv_heads, size)
-        found = functional.scaled_dot_product_attention(
-            query_THE.view(num_tokens, kv_heads, -1, size),
-            context_TC2JE[:, :, 0].transpose(1, 2),
-            context_TC2JE[:, :, 1].transpose(1, 2),
-            attn_mask=self._mask_T11C,
+        keys, values = keys_and_values(cache.read(layer, self._pages_TP), attention)
+        found = attend(
+            query_THE.view(num_tokens, attention.num_kv_heads, -1, attention.key_dim),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            mask=self._masks_T11C[self._definition.windows[layer]],
+            scale=attention.scale,
+            sinks=None if sinks_H is None else sinks_H.view(attention.num_kv_heads, -1, 1),
         )
         return found.reshape(num_tokens, -1)
 
@@ -174,16 +203,28 @@ class PrefillAttention:
         first = torch.tensor(self._starts, dtype=torch.int64, device=device)
         shift_T = (counts.cumsum(0) - counts - first).repeat_interleave(counts)
         positions_T = torch.arange(len(self.slots), device=device) - shift_T
+        self._positions_T = positions_T
         self._rotation_T2E = rotary.at(positions_T)
         self._addresses_T = cache.addresses(self.slots, positions_T)
 
-    def rotation(self, slots_T: torch.Tensor) -> torch.Tensor:
-        """(T, 2, E) cosines and signed sines."""
+    def positions(self, slots_T: torch.Tensor) -> torch.Tensor:
+        """(T,) the tokens' positions."""
         del slots_T  # tokens do not move while prompts are read
+        return self._positions_T
+
+    def rotation(self, slots_T: torch.Tensor) -> torch.Tensor | None:
+        """(T, 2, E) cosines and signed sines."""
+        del slots_T
         return self._rotation_T2E
 
     def attend(
-        self, layer: int, slots_T: torch.Tensor, query_THE: torch.Tensor, entries_TF: torch.Tensor
+        self,
+        layer: int,
+        slots_T: torch.Tensor,
+        query_THE: torch.Tensor,
+        entries_TF: torch.Tensor,
+        *,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write, and attend causally within each prompt; what was read before is in the cache."""
         del slots_T
@@ -196,7 +237,7 @@ class PrefillAttention:
             strict=True,
         )
         found = [
-            self._attend_prompt(query, self._context(layer, number, entries))
+            self._attend_prompt(layer, query, self._context(layer, number, entries), sinks_H)
             for number, (query, entries) in enumerate(parts)
         ]
         return torch.cat(found) if found else query_THE.flatten(1)
@@ -210,25 +251,33 @@ class PrefillAttention:
         pages = self._cache.page_table[self._prompt_slots[number], : pages_for(length)]
         return self._cache.read(layer, pages[None])[0, :length]
 
-    def _attend_prompt(self, query_THE: torch.Tensor, entries_CF: torch.Tensor) -> torch.Tensor:
-        definition = self._definition
-        size, kv_heads = definition.head_dim, definition.num_kv_heads
-        group = definition.num_heads // kv_heads
-        heads_C2JE = entries_CF.view(-1, 2, kv_heads, size)
-        heads_2HCE = heads_C2JE.permute(1, 2, 0, 3).repeat_interleave(group, dim=1)
-        is_whole = len(query_THE) == len(entries_CF)
-        found_HTE = functional.scaled_dot_product_attention(
+    def _attend_prompt(
+        self,
+        layer: int,
+        query_THE: torch.Tensor,
+        entries_CF: torch.Tensor,
+        sinks_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        attention, window = self._definition.attention, self._definition.windows[layer]
+        num_queries, length = len(query_THE), len(entries_CF)
+        keys, values = (
+            heads_CJE.transpose(0, 1).repeat_interleave(
+                attention.num_heads // attention.num_kv_heads, dim=0
+            )
+            for heads_CJE in keys_and_values(entries_CF, attention)
+        )
+        is_causal = num_queries == length and sinks_H is None and (window or length) >= length
+        mask = None
+        if not is_causal:
+            context = torch.arange(length, device=entries_CF.device)
+            is_seen = seen(context[length - num_queries :], context, window)
+            mask = added(is_seen, query_THE.dtype)
+        found_HTE = attend(
             query_THE.transpose(0, 1)[None],
-            heads_2HCE[:1],
-            heads_2HCE[1:],
-            attn_mask=None if is_whole else _seen(len(query_THE), entries_CF),
-            is_causal=is_whole,
+            keys[None],
+            values[None],
+            mask=mask,
+            scale=attention.scale,
+            sinks=None if sinks_H is None else sinks_H.view(-1, 1, 1),
         )[0]
-        return found_HTE.transpose(0, 1).reshape(len(query_THE), -1)
-
-
-def _seen(num_queries: int, entries_CF: torch.Tensor) -> torch.Tensor:
-    """Bool (T, C): the last `num_queries` positions see themselves and what is before."""
-    length = len(entries_CF)
-    context = torch.arange(length, device=entries_CF.device)
-    return context <= context[length - num_queries :, None]
+        return found_HTE.transpose(0, 1).reshape(num_queries, -1)

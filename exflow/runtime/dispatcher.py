@@ -80,6 +80,9 @@ class Dispatcher(Protocol):
             The rows to run experts for, and a record for `combine`.
         """
 
+    def residual(self, record: Any) -> torch.Tensor:
+        """(T, D) the residual stream of the tokens that `combine` will return, in their order."""
+
     def combine(self, partial_ND: torch.Tensor, record: Any) -> Tokens:
         """Add the experts' gate-weighted sums to the tokens and say who owns them now."""
 
@@ -97,6 +100,10 @@ class LocalDispatcher:
         slots_NK = self.tables.slot_of_choice[layer][expert_ids_TK]
         rows = Rows(hidden=tokens.hidden, expert_slots=slots_NK, weights=weights_TK)
         return rows, tokens
+
+    def residual(self, record: Tokens) -> torch.Tensor:
+        """The tokens stay."""
+        return record.hidden
 
     def combine(self, partial_ND: torch.Tensor, record: Tokens) -> Tokens:
         """Residual plus experts."""
@@ -147,6 +154,10 @@ class HomeDispatcher:
             receive_counts=receive_counts,
         )
         return _rows(row_format, tables, layer, rows_NB), record
+
+    def residual(self, record: HomeRecord) -> torch.Tensor:
+        """The tokens stay."""
+        return record.tokens.hidden
 
     def combine(self, partial_ND: torch.Tensor, record: HomeRecord) -> Tokens:
         """Partial sums return the way the rows came; the owner adds them by rank."""
@@ -221,6 +232,12 @@ class CoherentDispatcher:
             owned=tuple(owned),
         )
         return rows, record
+
+    def residual(self, record: CoherentRecord) -> torch.Tensor:
+        """Of the rows that came, those whose tokens stay here."""
+        if not self.has_combine:
+            return record.hidden_ND
+        return record.hidden_ND[record.next_owner_N == self.tables.rank]
 
     def combine(self, partial_ND: torch.Tensor, record: CoherentRecord) -> Tokens:
         """Partial sums go to the next owners, who got the residual with the row.

@@ -1,7 +1,6 @@
 """The experts of a rank at one layer: rows in, gate-weighted partial sums out.
 
-Shape suffixes: N rows, K choices a row, P (row, expert) pairs, S slots, D hidden size, F expert
-width.
+Shape suffixes: N rows, K choices a row, P (row, expert) pairs, S slots, D hidden size.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from exflow.runtime.weights import ExpertWeights
+    from exflow.models.parts import Activation
+    from exflow.runtime.expert_weights import ExpertWeights
 
 
 # Sizes (of one expert, and times the rows) up to which all experts on all rows take less time than
@@ -67,11 +67,12 @@ def run_all(
     num_rows = hidden_ND.shape[0]
     gate_NS = weights_NK.new_zeros((num_rows, num_slots + 1))
     gate_NS.scatter_(1, slots_NK % (num_slots + 1), weights_NK)  # -1 becomes the last column
-    inner = hidden_ND @ joined
-    size = num_slots * width
-    inner = functional.silu(inner[:, :size]) * inner[:, size:]
+    inner = activate(linear(hidden_ND, joined, experts.joined_bias), experts.activation)
     inner.view(num_rows, num_slots, width).mul_(gate_NS[:, :-1, None])
-    return inner @ experts.down.view(size, -1)
+    out_ND = inner @ experts.down.view(num_slots * width, -1)
+    if experts.down_bias is None:
+        return out_ND
+    return torch.addmm(out_ND, gate_NS[:, :-1].to(out_ND.dtype), experts.down_bias)
 
 
 def run_chosen(
@@ -90,21 +91,42 @@ def run_chosen(
         return partial_ND
     rows_P = order_P // slots_NK.shape[1]
     ends = torch.bincount(slots_P, minlength=experts.down.shape[0]).cumsum(0).to(torch.int32)
-    out_PD = apply_grouped(experts, hidden_ND.index_select(0, rows_P), ends)
+    out_PD = apply_grouped(experts, hidden_ND.index_select(0, rows_P), slots_P, ends)
     weights_P = weights_NK.flatten()[order_P].to(out_PD.dtype)
     return partial_ND.index_add_(0, rows_P, out_PD * weights_P[:, None])
 
 
 def apply_grouped(
-    experts: ExpertWeights, hidden_PD: torch.Tensor, ends: torch.Tensor
+    experts: ExpertWeights, hidden_PD: torch.Tensor, slots_P: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    """SwiGLU of rows sorted by slot; `ends` (int32) is where each slot's rows end."""
-    gate_up = functional.grouped_mm(hidden_PD, experts.gate_up, offs=ends)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.grouped_mm(functional.silu(gate) * up, experts.down, offs=ends)
+    """Experts on rows sorted by slot; `ends` (int32) is where each slot's rows end."""
+    inner = functional.grouped_mm(hidden_PD, experts.gate_up, offs=ends)
+    if experts.gate_up_bias is not None:
+        inner = inner + experts.gate_up_bias[slots_P]
+    out_PD = functional.grouped_mm(activate(inner, experts.activation), experts.down, offs=ends)
+    return out_PD if experts.down_bias is None else out_PD + experts.down_bias[slots_P]
 
 
 def run_dense(expert: ExpertWeights, hidden_TD: torch.Tensor) -> torch.Tensor:
-    """SwiGLU of a dense block, kept as one expert."""
-    gate, up = (hidden_TD @ expert.gate_up[0]).chunk(2, dim=-1)
-    return (functional.silu(gate) * up) @ expert.down[0]
+    """A dense block, kept as one expert."""
+    bias = None if expert.gate_up_bias is None else expert.gate_up_bias[0]
+    inner = activate(linear(hidden_TD, expert.gate_up[0], bias), expert.activation)
+    return linear(inner, expert.down[0], None if expert.down_bias is None else expert.down_bias[0])
+
+
+def activate(inner: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """What lies between an expert's two products; of `inner`, the gate's columns come first."""
+    if activation.num_inner == 1:
+        approximate = "tanh" if activation.kind == "gelu_tanh" else "none"
+        return functional.gelu(inner, approximate=approximate)
+    gate, up = inner.chunk(2, dim=-1)
+    if activation.kind == "silu":
+        return functional.silu(gate) * up
+    gate = gate.clamp(max=activation.limit)
+    up = up.clamp(-activation.limit, activation.limit)
+    return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+
+
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Rows times a weight (in, out), and its bias if there is one."""
+    return rows @ weight if bias is None else torch.addmm(bias, rows, weight)

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, N rows, K experts a token, D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from exflow.runtime.dispatcher import Tokens
@@ -73,7 +74,10 @@ def _run_experts(
     stayed = rows.hidden is tokens.hidden
     normed_ND = normed_TD if stayed else decoder.post_norm(layer, rows.hidden)
     partial_ND = run_experts(experts, normed_ND, rows.expert_slots, rows.weights)
+    shared_TD = decoder.shared(layer, dispatcher.residual(record)) if decoder.has_shared else None
     metrics.lap("experts")
     tokens = dispatcher.combine(partial_ND, record)
+    if shared_TD is not None:
+        tokens = replace(tokens, hidden=tokens.hidden + shared_TD)
     metrics.lap("combine")
     return tokens

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exflow.runtime.dispatcher import LocalDispatcher, Tokens
+from exflow.runtime.expert_weights import ExpertWeights
 from exflow.runtime.experts import run_experts
 from exflow.runtime.rows import RowFormat
 from exflow.runtime.sharing import Sizes
 from exflow.runtime.tables import PlacementTables, order_by_rank, ranks_that_run
-from exflow.runtime.weights import ExpertWeights
 from placement.plan import PlacementPlan, Strategy
 from placement.topology import Topology
 from placement.traffic import choose_ranks

@@ -6,6 +6,7 @@ import pytest
 
 from exflow.errors import CheckpointError
 from exflow.models.families import define_model
+from exflow.models.parts import Router
 
 QWEN3 = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -53,10 +54,11 @@ def test_qwen3_moe_has_head_norms_and_dense_layers_where_the_configuration_says(
     folder = write(QWEN3, mlp_only_layers=[1], decoder_sparse_step=1, norm_topk_prob=True)
     definition = define_model(folder)
     assert definition.name == "my-model"
-    assert definition.qk_norm == "head"
+    assert definition.attention.qk_norm == "head"
     assert definition.moe_layer_ids == (0, 2, 3)
     assert (definition.expert_size, definition.dense_size) == (32, 96)
-    assert (definition.num_experts, definition.top_k, definition.norm_topk_prob) == (8, 2, True)
+    assert (definition.num_experts, definition.top_k) == (8, 2)
+    assert definition.router == Router(is_normalized=True)
     assert definition.kv_width == 2 * 2 * 8
 
 
@@ -66,10 +68,10 @@ def test_a_sparse_step_of_two_makes_every_second_layer_moe(write):
 
 def test_olmoe_has_projection_norms_and_clips(write):
     definition = define_model(write(OLMOE))
-    assert definition.qk_norm == "projection"
-    assert definition.clip_qkv == 8.0
-    assert definition.num_kv_heads == 4
-    assert definition.head_dim == 16
+    assert definition.attention.qk_norm == "projection"
+    assert definition.attention.clip_qkv == 8.0
+    assert definition.attention.num_kv_heads == 4
+    assert definition.attention.head_dim == 16
     assert definition.expert_size == 32
     assert definition.eos_token_ids == (3,)
 
@@ -77,15 +79,15 @@ def test_olmoe_has_projection_norms_and_clips(write):
 def test_the_old_and_the_new_way_to_write_rope_theta_mean_the_same(write):
     old = define_model(write(QWEN3, rope_theta=5000.0))
     new = define_model(write(QWEN3, rope_parameters={"rope_theta": 5000.0, "rope_type": "default"}))
-    assert old.rope_frequencies == new.rope_frequencies
-    assert old.rope_frequencies[:2] == pytest.approx((1.0, 5000.0**-0.25))
+    assert old.rope == new.rope
+    assert old.rope.frequencies[:2] == pytest.approx((1.0, 5000.0**-0.25))
 
 
 def test_linear_rope_scaling_divides_frequencies(write):
     plain = define_model(write(QWEN3))
     parameters = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
     scaled = define_model(write(QWEN3, rope_parameters=parameters))
-    assert [f * 4 for f in scaled.rope_frequencies] == pytest.approx(plain.rope_frequencies)
+    assert [f * 4 for f in scaled.rope.frequencies] == pytest.approx(plain.rope.frequencies)
 
 
 def test_the_generation_configuration_decides_what_ends_a_text(write):
@@ -96,7 +98,9 @@ def test_the_generation_configuration_decides_what_ends_a_text(write):
 
 
 def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(write):
-    with pytest.raises(CheckpointError, match=r"'llama'.*supported: olmoe, qwen3_moe"):
+    with pytest.raises(
+        CheckpointError, match=r"'llama'.*supported: deepseek_v2, .*olmoe, qwen2_moe, qwen3_moe"
+    ):
         define_model(write({"model_type": "llama"}))
 
 
@@ -104,7 +108,6 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(write):
     ("changes", "named"),
     [
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"use_sliding_window": True, "sliding_window": 128}, "sliding"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}},
