@@ -10,10 +10,8 @@ import numpy as np
 
 from placement.search.anneal import anneal
 from placement.search.caps import expected_imbalance
-from placement.search.moves import may_hold, put
-from placement.search.start import expert_load
+from placement.search.replicas import fill_spare_slots
 from placement.search.state import (
-    EMPTY,
     Flow,
     Layout,
     Limits,
@@ -30,11 +28,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOVES_PER_EXPERT = 12
-VISITS_PER_STEP = 4e7
+VISITS_PER_STEP = 1.5e7
+FILL_SAMPLE = 8000
 HEADROOM, LEAST_HEADROOM = 0.62, 0.25
 NOISE_SHARE = 0.5
 LOW_PENALTY, HIGH_PENALTY = 2.0, 20.0
-ALL = 1 << 40
 
 
 class Stage(NamedTuple):
@@ -47,7 +45,8 @@ class Stage(NamedTuple):
 
 
 REPLICA_STAGES = (Stage(0.2, 0.05, 14, 4000), Stage(0.05, 0.02, 8, 8000))
-STAGES = (Stage(0.02, 0.005, 10, ALL),)
+LAST_REPLICA_STAGE = Stage(0.02, 0.005, 10, 24000)
+LAST_STAGE = Stage(0.02, 0.005, 6, 16000)
 
 
 @dataclass(kw_only=True)
@@ -116,8 +115,9 @@ class Search:
         """Anneals on a sample of the tokens; the price of excess load rises to `top`."""
         layers, experts = self.layout.hosts.shape
         _, count, top_k = self.tokens.expert_ids.shape
-        users = min(stage.sample, count) * top_k / experts
-        problem = self.problem(stage.sample, caps, self.seed + stage.steps)
+        sample = int(stage.sample * max(1.0, effort))
+        users = min(sample, count) * top_k / experts
+        problem = self.problem(sample, caps, self.seed + stage.steps)
         moves = int(min(MOVES_PER_EXPERT * layers * experts, VISITS_PER_STEP / (48 + users / 5)))
         heats = np.geomspace(stage.hot, stage.cold, stage.steps) * users
         prices = np.geomspace(LOW_PENALTY, top, stage.steps)
@@ -135,25 +135,13 @@ def solve(search: Search, *, cap: float, node_cap: float, effort: float) -> None
             for stage in REPLICA_STAGES:
                 search.cool(stage, effort=effort, caps=caps, top=LOW_PENALTY)
         caps = (tightened(search, cap), within(node_cap))
-        for stage in STAGES:
-            search.cool(stage, effort=effort, caps=caps, top=HIGH_PENALTY)
+        last = LAST_REPLICA_STAGE if search.replicas else LAST_STAGE
+        search.cool(last, effort=effort, caps=caps, top=HIGH_PENALTY)
     except KeyboardInterrupt:
         return
     finally:
         if search.replicas and search.max_moves is None:
-            fill_spare_slots(search)
-
-
-def fill_spare_slots(search: Search) -> None:
-    """Engines want all slots in use: what stayed empty takes the least busy expert it can."""
-    slots = search.layout.slots
-    load = expert_load(search.tokens, search.layout.hosts.shape[1])
-    problem = search.problem(1, (np.inf, np.inf), 0)
-    for layer, rank, slot in np.argwhere(slots == EMPTY):
-        for expert in np.argsort(load[layer], kind="stable"):
-            if may_hold(problem, layer, int(expert), rank, -1):
-                put(search.layout, layer, rank, slot, int(expert))
-                break
+            fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
 
 
 def tightened(search: Search, cap: float) -> float:
