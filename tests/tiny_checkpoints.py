@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import gpt_moe
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -143,7 +145,10 @@ def decode_with_transformers(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if '"exflow_gpt_moe"' in (folder / "config.json").read_text():
+        model = gpt_moe.load(folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if ignore_eos:
         model.generation_config.eos_token_id = None
     tokens, logits = [], []

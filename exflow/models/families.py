@@ -10,6 +10,7 @@ from exflow.errors import CheckpointError
 from exflow.models import (
     deepseek_v2,
     deepseek_v3,
+    gpt_moe,
     gpt_oss,
     mixtral,
     olmoe,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, Callable[[Any, Path, str], DecoderDefinition]] = {
     "deepseek_v2": deepseek_v2.define,
     "deepseek_v3": deepseek_v3.define,
+    gpt_moe.MODEL_TYPE: gpt_moe.define,
     "gpt_oss": gpt_oss.define,
     "mixtral": mixtral.define,
     "olmoe": olmoe.define,
@@ -43,8 +45,6 @@ def define_model(folder: str | Path, *, name: str | None = None) -> DecoderDefin
     Raises:
         CheckpointError: it cannot be read, or is of a family the runtime does not know.
     """
-    from transformers import AutoConfig
-
     path = Path(folder)
     model_type = _model_type(path)
     if model_type not in FAMILIES:
@@ -54,11 +54,19 @@ def define_model(folder: str | Path, *, name: str | None = None) -> DecoderDefin
         )
         raise CheckpointError(msg)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = _read_config(path, model_type)
         return FAMILIES[model_type](config, path, name or path.resolve().name)
     except (AttributeError, KeyError, TypeError) as error:
         msg = f"{path}/config.json lacks what a {model_type} model needs: {error}"
         raise CheckpointError(msg) from error
+
+
+def _read_config(folder: Path, model_type: str) -> Any:
+    if model_type == gpt_moe.MODEL_TYPE:
+        return gpt_moe.read_config(folder)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
 
 
 def _model_type(folder: Path) -> str:
