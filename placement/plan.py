@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "exflow.plan/1"
+OUTLOOK_STOP = 1 << 16
 Slots = tuple[tuple[tuple[int, ...], ...], ...]
+Outlook = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 class PlanError(UserError):
@@ -48,6 +50,9 @@ class PlacementPlan:
             is a replica; ranks may hold different numbers.
         predicted: figures the planner expects (rows per token, imbalance).
         bound: what no plan can beat for the same statistics.
+        outlook: outlook[layer][expert][rank], whole numbers from 0: how few rows the next layer
+            costs a token with this expert that this rank owns. The owner rule of
+            `placement.traffic` follows it; empty: the rule does without.
     """
 
     model: str
@@ -58,6 +63,7 @@ class PlacementPlan:
     slots: Slots
     predicted: Mapping[str, Any] = field(default_factory=dict)
     bound: Mapping[str, Any] = field(default_factory=dict)
+    outlook: Outlook = ()
 
     def __post_init__(self) -> None:
         if not self.layer_ids or len(self.slots) != len(self.layer_ids):
@@ -65,6 +71,21 @@ class PlacementPlan:
             raise PlanError(msg)
         for layer, ranks in zip(self.layer_ids, self.slots, strict=True):
             self._check_layer(layer, ranks)
+        self._check_outlook()
+
+    def _check_outlook(self) -> None:
+        shape = (len(self.layer_ids), self.num_experts, self.topology.num_ranks)
+        if not self.outlook:
+            return
+        if len(self.outlook) != shape[0] or any(
+            len(layer) != shape[1] or any(len(row) != shape[2] for row in layer)
+            for layer in self.outlook
+        ):
+            msg = f"outlook must hold {shape[0]} layers of {shape[1]} experts by {shape[2]} ranks"
+            raise PlanError(msg)
+        if not all(0 <= x < OUTLOOK_STOP for layer in self.outlook for row in layer for x in row):
+            msg = f"outlook must hold whole numbers from 0 to {OUTLOOK_STOP - 1}"
+            raise PlanError(msg)
 
     def _check_layer(self, layer: int, ranks: tuple[tuple[int, ...], ...]) -> None:
         if len(ranks) != self.topology.num_ranks:
@@ -111,6 +132,10 @@ class PlacementPlan:
             for rank, experts in enumerate(ranks):
                 hosts[layer, list(experts), rank] = True
         return hosts
+
+    def outlook_table(self) -> NDArray[np.int64] | None:
+        """(layers, experts, ranks) `outlook`, None where there is none."""
+        return np.array(self.outlook, dtype=np.int64) if self.outlook else None
 
     def check_for(
         self, *, model: str, num_experts: int, layer_ids: tuple[int, ...], num_ranks: int
@@ -229,7 +254,9 @@ def _to_json(plan: PlacementPlan) -> str:
     tail = {"predicted": dict(plan.predicted), "bound": dict(plan.bound)}
     layers = ",\n  ".join(json.dumps(layer) for layer in plan.slots)
     start, end = json.dumps(head)[:-1], json.dumps(tail)[1:]
-    return f'{start},\n "slots": [\n  {layers}],\n {end}\n'
+    outlook = ",\n  ".join(json.dumps(layer, separators=(",", ":")) for layer in plan.outlook)
+    outlook = f'"outlook": [\n  {outlook}],\n ' if outlook else ""
+    return f'{start},\n "slots": [\n  {layers}],\n {outlook}{end}\n'
 
 
 def _from_json(data: object) -> PlacementPlan:
@@ -239,7 +266,7 @@ def _from_json(data: object) -> PlacementPlan:
         raise PlanError(msg)
     try:
         slots = tuple(
-            tuple(tuple(_expert(e) for e in experts) for experts in ranks)
+            tuple(tuple(_whole("slots", e) for e in experts) for experts in ranks)
             for ranks in data["slots"]
         )
         strategy = data.get("strategy") or {"name": "unknown"}
@@ -259,14 +286,18 @@ def _from_json(data: object) -> PlacementPlan:
             slots=slots,
             predicted=dict(data.get("predicted", {})),
             bound=dict(data.get("bound", {})),
+            outlook=tuple(
+                tuple(tuple(_whole("outlook", x) for x in row) for row in layer)
+                for layer in data.get("outlook", ())
+            ),
         )
     except (KeyError, TypeError, AttributeError) as error:
         msg = f"a field is missing or has the wrong type: {error}"
         raise PlanError(msg) from error
 
 
-def _expert(value: object) -> int:
+def _whole(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        msg = f"slots must hold whole numbers, got {value!r}"
+        msg = f"{name} must hold whole numbers, got {value!r}"
         raise PlanError(msg)
     return value

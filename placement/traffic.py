@@ -81,9 +81,13 @@ def choose_ranks(hosts: Array, expert_ids: Array, owner: Array, node_of_rank: Ar
     return chosen_rank
 
 
-def next_owner(rank_of_choice: Array, owner: Array, domain_of_rank: Array) -> Array:
+def next_owner(
+    rank_of_choice: Array, owner: Array, domain_of_rank: Array, outlook: Array | None = None
+) -> Array:
     """The rank in the owner's coherence domain that runs most of the token's experts.
 
+    With an outlook: of the ranks that run any of its experts, the one where the next layer costs
+    least. All of them save one combine row; what they save at the next layer differs.
     Ties go to the present owner, then to the lowest rank; a token with no expert in its domain
     stays where it is.
 
@@ -91,6 +95,7 @@ def next_owner(rank_of_choice: Array, owner: Array, domain_of_rank: Array) -> Ar
         rank_of_choice: int64 (T, K) from `choose_ranks`.
         owner: int64 (T,).
         domain_of_rank: int64 (W,).
+        outlook: int64 (T, W) the plan's outlook, summed over the token's experts; None: without.
 
     Returns:
         int64 (T,).
@@ -101,8 +106,13 @@ def next_owner(rank_of_choice: Array, owner: Array, domain_of_rank: Array) -> Ar
     num_ranks = domain_of_rank.shape[0]
     ranks = _range_like(owner, num_ranks)
     experts_run = (rank_of_choice[:, :, None] == ranks).sum(axis=1)
-    preference = experts_run * 2 + (owner[:, None] == ranks) * 1
+    is_owner = (owner[:, None] == ranks) * 1
     in_domain = domain_of_rank[owner][:, None] == domain_of_rank
+    if outlook is not None:
+        may_own = in_domain * (experts_run > 0)
+        preference = (outlook * 2 + is_owner) * num_ranks + (num_ranks - 1 - ranks)
+        return (may_own * (preference + 2 * num_ranks) + is_owner).argmax(axis=1)
+    preference = experts_run * 2 + is_owner
     return (in_domain * (preference * num_ranks + (num_ranks - 1 - ranks) + 1)).argmax(axis=1)
 
 
@@ -226,6 +236,7 @@ def walk_layers(
     *,
     node_of_rank: NDArray[np.int64],
     domain_of_rank: NDArray[np.int64],
+    outlook: NDArray[np.int64] | None = None,
 ) -> Iterator[Step]:
     """Follow tokens through all layers.
 
@@ -235,6 +246,7 @@ def walk_layers(
         hosts: (L, E, W), 1 where the rank holds a copy.
         node_of_rank: (W,).
         domain_of_rank: (W,); every rank its own domain is `home`.
+        outlook: (L, E, W) of the plan, if it has one.
     """
     for layer, table in enumerate(hosts):
         experts = expert_ids[:, layer]
@@ -242,7 +254,8 @@ def walk_layers(
             ranks = table.argmax(axis=1)[experts]
         else:
             ranks = choose_ranks(table, experts, owner, node_of_rank)
-        moved = next_owner(ranks, owner, domain_of_rank)
+        ahead = None if outlook is None else outlook[layer][experts].sum(axis=1)
+        moved = next_owner(ranks, owner, domain_of_rank, ahead)
         yield Step(layer=layer, owner=owner, rank_of_choice=ranks, next_owner=moved)
         owner = moved
 
@@ -253,6 +266,7 @@ class _Walk:
     def __init__(self, plan: PlacementPlan, domain_of_rank: NDArray[np.int64]) -> None:
         layers, width = plan.num_layers, plan.num_ranks
         self.hosts = plan.hosts().astype(np.int64)
+        self.outlook = plan.outlook_table()
         self.node_of_rank = plan.topology.node_of_rank
         self.domain_of_rank = domain_of_rank
         self.dispatch = np.zeros((layers, width, width), dtype=np.int64)
@@ -272,6 +286,7 @@ class _Walk:
             self.hosts,
             node_of_rank=self.node_of_rank,
             domain_of_rank=self.domain_of_rank,
+            outlook=self.outlook,
         )
         for step in steps:
             self.load[step.layer] += np.bincount(step.rank_of_choice.ravel(), minlength=width)

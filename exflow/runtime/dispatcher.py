@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from exflow.runtime.tables import order_by_rank, ranks_that_run
-from placement.traffic import next_owner
 
 if TYPE_CHECKING:
     from exflow.runtime.rows import RowFormat
@@ -206,8 +205,7 @@ class CoherentDispatcher:
         tables, row_format = self.tables, self.format
         choices_TK = tables.choose(layer, expert_ids_TK)
         ranks_TK = choices_TK // tables.num_experts
-        owner_T = torch.full_like(tokens.slots, tables.rank)
-        next_T = next_owner(ranks_TK, owner_T, tables.domain_of_rank)
+        next_T = tables.next_owners(layer, ranks_TK, expert_ids_TK)
         wanted_TW = ranks_that_run(ranks_TK, tables.num_ranks)
         wanted_TW[:, tables.rank] |= next_T == tables.rank
         token_M, send_counts = order_by_rank(wanted_TW)

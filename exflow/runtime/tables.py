@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from placement.traffic import choose_ranks
+from placement.traffic import choose_ranks, next_owner
 
 if TYPE_CHECKING:
     from placement.plan import PlacementPlan
@@ -32,6 +32,7 @@ class PlacementTables:
         slot_of_choice: (L, W * E) this rank's slot for a choice, -1 if it is another rank's.
         node_of_rank: (W,).
         domain_of_rank: (W,) coherence domains.
+        outlook: int64 (L, E, W) of the plan, or None.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class PlacementTables:
     slot_of_choice: torch.Tensor
     node_of_rank: torch.Tensor
     domain_of_rank: torch.Tensor
+    outlook: torch.Tensor | None
 
     @classmethod
     def from_plan(
@@ -66,6 +68,7 @@ class PlacementTables:
             choice = hosts[layer].argmax(dim=1) * plan.num_experts + experts
             fixed_choice.append(choice.to(device) if is_fixed else None)
         domains = torch.from_numpy(plan.topology.domain_of_rank(coherence_domain))
+        outlook = plan.outlook_table()
         return cls(
             rank=rank,
             num_ranks=plan.num_ranks,
@@ -76,6 +79,7 @@ class PlacementTables:
             slot_of_choice=slot_of_choice.to(device),
             node_of_rank=torch.from_numpy(plan.topology.node_of_rank).to(device),
             domain_of_rank=domains.to(device),
+            outlook=None if outlook is None else torch.from_numpy(outlook).to(device),
         )
 
     def choose(self, layer: int, expert_ids_TK: torch.Tensor) -> torch.Tensor:
@@ -87,6 +91,15 @@ class PlacementTables:
         ranks_TK = choose_ranks(self.hosts[layer], expert_ids_TK, owner_T, self.node_of_rank)
         chosen: torch.Tensor = ranks_TK * self.num_experts + expert_ids_TK
         return chosen
+
+    def next_owners(
+        self, layer: int, ranks_TK: torch.Tensor, expert_ids_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """(T,) the next owner of tokens that this rank owns."""
+        owner_T = torch.full_like(ranks_TK[:, 0], self.rank)
+        ahead_TW = None if self.outlook is None else self.outlook[layer][expert_ids_TK].sum(dim=1)
+        moved: torch.Tensor = next_owner(ranks_TK, owner_T, self.domain_of_rank, ahead_TW)
+        return moved
 
 
 def ranks_that_run(ranks_TK: torch.Tensor, num_ranks: int) -> torch.Tensor:

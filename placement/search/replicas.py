@@ -68,42 +68,24 @@ def count_savings(problem: Problem, layer: int, savings: Array, moved: Array) ->
         owner, moves_to = flow.owner[layer, token], flow.owner[layer + 1, token]
         for k in range(top_k):
             rank, expert = flow.choice[layer, token, k], tokens.expert_ids[layer, token, k]
-            if _is_shared(flow.choice, layer, token, k):
+            if count_on(flow.choice, layer, token, rank, top_k) > 1:
                 continue
             worth = np.float64(2 - (rank == owner) - (rank == moves_to))
             if rank != owner:
-                stays = _is_visited(flow.choice, layer, token, owner)
+                stays = count_on(flow.choice, layer, token, owner, top_k) > 0
                 savings[expert, owner] += weight * (worth - (0.0 if stays else 1.0))
                 moved[expert, owner] += weight
             for j in range(top_k):
                 other = flow.choice[layer, token, j]
-                if other != owner and not _is_repeated(flow.choice, layer, token, j):
+                if other != owner and count_on(flow.choice, layer, token, other, j) == 0:
                     savings[expert, other] += weight * worth
                     moved[expert, other] += weight
 
 
 @kernel
-def _is_shared(choice: Array, layer: int, token: int, k: int) -> Number:
-    """Whether the rank of choice k runs another expert of the token."""
-    for j in range(choice.shape[2]):
-        if j != k and choice[layer, token, j] == choice[layer, token, k]:
-            return True
-    return False
-
-
-@kernel
-def _is_repeated(choice: Array, layer: int, token: int, k: int) -> Number:
-    """Whether an earlier choice is on the rank of choice k."""
-    for j in range(k):
-        if choice[layer, token, j] == choice[layer, token, k]:
-            return True
-    return False
-
-
-@kernel
-def _is_visited(choice: Array, layer: int, token: int, rank: Number) -> Number:
-    """Whether a token has an expert on a rank."""
-    for j in range(choice.shape[2]):
-        if choice[layer, token, j] == rank:
-            return True
-    return False
+def count_on(choice: Array, layer: int, token: int, rank: Number, stop: int) -> Number:
+    """How many of a token's first `stop` choices are on a rank."""
+    found = 0
+    for j in range(stop):
+        found += choice[layer, token, j] == rank
+    return found

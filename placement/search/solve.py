@@ -10,6 +10,7 @@ import numpy as np
 
 from placement.search.anneal import anneal
 from placement.search.caps import expected_imbalance
+from placement.search.outlook import fit_outlook
 from placement.search.replicas import fill_spare_slots
 from placement.search.state import (
     Flow,
@@ -62,6 +63,7 @@ class Search:
         seed: of all random choices.
         replicas: whether experts may have several copies.
         spread: whether copies must be on different nodes.
+        looks_ahead: whether owners follow an outlook.
         max_moves: copies that may be somewhere new; None: any number.
         deadline: when to stop, by `time.monotonic`; None: never.
     """
@@ -74,6 +76,7 @@ class Search:
     seed: int
     replicas: bool
     spread: bool = False
+    looks_ahead: bool = False
     max_moves: int | None = None
     deadline: float | None = None
 
@@ -85,6 +88,12 @@ class Search:
     def flow(self) -> Flow:
         """How the tokens travel now."""
         return make_flow(self.tokens, self.machine, self.layout)
+
+    def look_ahead(self) -> None:
+        """Fits the outlook to the layout as it is."""
+        if self.looks_ahead:
+            outlook = fit_outlook(self.tokens, self.machine, self.layout)
+            self.machine = self.machine._replace(outlook=outlook)
 
     def limits(self, flow: Flow, cap: float, node_cap: float) -> Limits:
         """Caps on load as absolute numbers, and the rules of this search."""
@@ -134,6 +143,7 @@ def solve(search: Search, *, cap: float, node_cap: float, effort: float) -> None
         if search.replicas and search.max_moves is None:
             for stage in REPLICA_STAGES:
                 search.cool(stage, effort=effort, caps=caps, top=LOW_PENALTY)
+        search.look_ahead()
         caps = (tightened(search, cap), within(node_cap))
         last = LAST_REPLICA_STAGE if search.replicas else LAST_STAGE
         search.cool(last, effort=effort, caps=caps, top=HIGH_PENALTY)
@@ -142,6 +152,8 @@ def solve(search: Search, *, cap: float, node_cap: float, effort: float) -> None
     finally:
         if search.replicas and search.max_moves is None:
             fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
+        if not search.replicas:
+            search.look_ahead()  # again for the final layout; with copies it would move load
 
 
 def tightened(search: Search, cap: float) -> float:

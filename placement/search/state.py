@@ -47,12 +47,14 @@ class Machine(NamedTuple):
         domain_of_rank: int64 (W,).
         ranks_of_node: uint64 (nodes,) bits of a node's ranks.
         row_cost: float64 (2,) cost of a row between ranks, and extra cost of entering a node.
+        outlook: int32 (L, E, W) of the plan (see `PlacementPlan.outlook`), empty without.
     """
 
     node_of_rank: NDArray[np.int64]
     domain_of_rank: NDArray[np.int64]
     ranks_of_node: NDArray[np.uint64]
     row_cost: NDArray[np.float64]
+    outlook: NDArray[np.int32]
 
 
 class Layout(NamedTuple):
@@ -217,6 +219,7 @@ def make_machine(topology: Topology, *, domain: int | None, intra: float, inter:
         domain_of_rank=topology.domain_of_rank(domain),
         ranks_of_node=_node_bits(topology),
         row_cost=np.array([intra, inter - intra], dtype=np.float64),
+        outlook=np.zeros((0, 0, 0), dtype=np.int32),
     )
 
 

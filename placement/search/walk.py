@@ -106,10 +106,17 @@ def visit(
             nodes |= ONE << np.uint64(node_of_rank[rank])
             visited |= machine.ranks_of_node[node_of_rank[rank]]
     best, most, domain = np.int64(owner), 0, machine.domain_of_rank[owner]
+    has_outlook = machine.outlook.shape[0] > 0
     for k in range(top_k):
-        rank, same = np.int64(choice[k]), 0
-        for j in range(top_k):
-            same += choice[j] == rank
+        rank = np.int64(choice[k])
+        same: Number = np.int64(0)
+        if has_outlook:
+            same += 1
+            for j in range(top_k):
+                same += machine.outlook[layer, ids[layer, token, j], rank]
+        else:
+            for j in range(top_k):
+                same += choice[j] == rank
         if machine.domain_of_rank[rank] == domain and (
             same > most or (same == most and best != owner and (rank == owner or rank < best))
         ):

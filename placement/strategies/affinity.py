@@ -35,6 +35,7 @@ from placement.traffic import imbalance_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from placement.plan import Outlook
     from placement.search.state import Machine, Tokens
     from placement.topology import Topology
     from placement.trace import RoutingTrace
@@ -89,7 +90,11 @@ def place(
         "imbalance_mean": round(float(imbalance_of(flow.load).mean()), 4),
         "imbalance_mean_elsewhere": round(float(elsewhere), 4),
     }
-    return replace(plan, predicted=predicted)
+    return replace(plan, predicted=predicted, outlook=_tuples(search.machine.outlook))
+
+
+def _tuples(outlook: NDArray[np.int32]) -> Outlook:
+    return tuple(tuple(tuple(row) for row in layer) for layer in outlook.tolist())
 
 
 def _start(
@@ -115,6 +120,7 @@ def _start(
         seed=options.seed,
         replicas=num_slots * topology.num_ranks > trace.num_experts,
         spread=options.spread,
+        looks_ahead=trace.top_k > 1 and options.domain_size != 1,
         max_moves=options.max_moves,
         deadline=None if options.time_limit is None else time.monotonic() + options.time_limit,
     )

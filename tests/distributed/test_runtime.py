@@ -1,6 +1,6 @@
 """Decode on real gloo ranks: plans, protocols and world sizes change traffic, never tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -75,7 +75,10 @@ def model(request, tmp_path_factory):
 
 
 def make_plan(definition, num_ranks, kind, seed=0):
-    """Experts in order; at random; or with copies and ranks that hold nothing."""
+    """Experts in order; at random; or with copies and ranks that hold nothing.
+
+    All but the first have an outlook, which moves owners.
+    """
     rng = np.random.default_rng(seed)
     layers, experts = len(definition.moe_layer_ids), definition.num_experts
     hosts = np.zeros((layers, experts, num_ranks), dtype=bool)
@@ -88,20 +91,24 @@ def make_plan(definition, num_ranks, kind, seed=0):
         hosts[:, :, -1] = rng.random((layers, experts)) < 0.5
         hosts[:, :, 0] = ~hosts[:, :, -1] | (rng.random((layers, experts)) < 0.4)
     num_nodes = 2 if num_ranks % 2 == 0 else 1
-    return PlacementPlan.from_hosts(
+    plan = PlacementPlan.from_hosts(
         hosts,
         model=definition.name,
         layer_ids=definition.moe_layer_ids,
         topology=Topology(num_nodes=num_nodes, ranks_per_node=num_ranks // num_nodes),
         strategy=Strategy(name=kind, seed=seed),
     )
+    if kind == "linear":
+        return plan
+    outlook = rng.integers(9, size=hosts.shape).tolist()
+    return replace(plan, outlook=tuple(tuple(map(tuple, layer)) for layer in outlook))
 
 
 def make_case(plan, protocol="home", domain=None, batch_size=5, **params):
     return Case(
         plan,
         EngineOptions(protocol=protocol, coherence_domain=domain, batch_size=batch_size),
-        SamplingParams(**({"max_new_tokens": NEW_TOKENS} | params)),
+        SamplingParams(**({"max_tokens": NEW_TOKENS} | params)),
     )
 
 

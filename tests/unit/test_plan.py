@@ -1,6 +1,7 @@
 """Placement plans: files, checks, and what they refuse."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,13 +35,15 @@ def plans(draw):
     for layer in range(layers):
         for expert in range(experts):
             hosts[layer, expert, list(draw(st.sets(st.integers(0, ranks - 1), min_size=1)))] = True
-    return PlacementPlan.from_hosts(
+    plan = PlacementPlan.from_hosts(
         hosts,
         model="toy",
         layer_ids=tuple(range(layers)),
         topology=Topology(num_nodes=1, ranks_per_node=ranks),
         strategy=Strategy(name="test"),
     )
+    row = tuple(range(ranks))
+    return replace(plan, outlook=((row,) * experts,) * layers if draw(st.booleans()) else ())
 
 
 @given(plans())
@@ -52,7 +55,7 @@ def test_hosts_and_slots_say_the_same(plan):
         topology=plan.topology,
         strategy=plan.strategy,
     )
-    assert again == plan
+    assert again.slots == plan.slots
     assert plan.has_replicas == (plan.hosts().sum() > plan.num_layers * plan.num_experts)
 
 
@@ -124,3 +127,12 @@ def test_a_coherence_domain_must_divide_the_ranks():
     assert topology.domain_of_rank().tolist() == [0, 0, 0, 0]
     with pytest.raises(TopologyError, match=r"3 ranks does not divide 4 ranks; choose .*1, 2, 4"):
         topology.domain_of_rank(3)
+
+
+@pytest.mark.parametrize(
+    "outlook",
+    [(((0, 0),),), (((0,),) * 4,), (((0, -1),) * 4,), (((0, 1 << 20),) * 4,)],
+)
+def test_an_outlook_of_the_wrong_shape_or_size_is_refused(outlook):
+    with pytest.raises(PlanError, match="outlook must hold"):
+        make_plan([[[0, 1], [2, 3]]], outlook=outlook)

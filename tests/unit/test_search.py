@@ -1,10 +1,14 @@
 """The search's own bookkeeping equals the traffic model's count."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from placement.plan import PlacementPlan, Strategy
 from placement.search.anneal import anneal
+from placement.search.outlook import fit_outlook
+from placement.search.replicas import fill_spare_slots
 from placement.search.solve import Search
 from placement.search.start import anneal_pairs
 from placement.search.state import hosts_of, make_flow, make_layout, make_machine, make_tokens
@@ -33,6 +37,10 @@ def plan_of(hosts, trace, topology):
         layer_ids=trace.layer_ids,
         strategy=Strategy(name="test"),
     )
+
+
+def with_outlook(plan, outlook):
+    return replace(plan, outlook=tuple(tuple(map(tuple, layer)) for layer in outlook.tolist()))
 
 
 def search_on(trace, topology, *, extra=0, slots=None, domain=None, seed=0, **fields):
@@ -67,6 +75,39 @@ def test_the_search_counts_rows_and_load_as_the_traffic_model_does(nodes, per_no
         assert rows == pytest.approx(traffic.rows_per_token()[expected], abs=1e-9)
         assert (flow.load == traffic.load).all()
     assert (hosts_of(layout, trace.num_experts) == hosts).all()
+
+
+@pytest.mark.parametrize("extra", [0, 6])
+@pytest.mark.parametrize(("nodes", "per_node", "domain"), TOPOLOGIES)
+def test_the_search_follows_an_outlook_as_the_traffic_model_does(nodes, per_node, domain, extra):
+    trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
+    topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
+    hosts = random_hosts(trace, topology.num_ranks, extra, seed=1)
+    shape = (trace.num_layers, trace.num_experts, topology.num_ranks)
+    outlook = np.random.default_rng(0).integers(0, 9, shape).astype(np.int32)
+    plan = with_outlook(plan_of(hosts, trace, topology), outlook)
+    traffic = count_traffic(trace, plan, coherence_domain=domain)
+    tokens = make_tokens(trace, num_ranks=topology.num_ranks, seed=0)
+    machine = make_machine(topology, domain=domain, intra=1.0, inter=1.0)
+    machine = machine._replace(outlook=outlook)
+    flow = make_flow(tokens, machine, make_layout(hosts, slots_per_rank=12))
+    rows = total_cost(tokens, flow) / trace.num_tokens
+    assert rows == pytest.approx(traffic.rows_per_token()["total"], abs=1e-9)
+    assert (flow.load == traffic.load).all()
+
+
+def test_a_fitted_outlook_saves_rows_on_tokens_not_seen():
+    trace = planted_trace(tokens=4000, experts=12, top_k=3, topics=4, noise=0.3)
+    fit, held_out = trace.split()
+    topology = Topology(num_nodes=1, ranks_per_node=4)
+    hosts = random_hosts(trace, 4, 0, seed=1)
+    machine = make_machine(topology, domain=None, intra=1.0, inter=1.0)
+    tokens = make_tokens(fit, num_ranks=4, seed=0)
+    outlook = fit_outlook(tokens, machine, make_layout(hosts, slots_per_rank=12))
+    plan = plan_of(hosts, trace, topology)
+    without = count_traffic(held_out, plan).rows_per_token()
+    ahead = count_traffic(held_out, with_outlook(plan, outlook)).rows_per_token()
+    assert ahead["total"] < 0.99 * without["total"]
 
 
 @pytest.mark.parametrize("extra", [0, 6])
@@ -132,3 +173,16 @@ def test_a_search_repeats_itself():
         anneal(search.problem(1 << 40, (9.0, 9.0), 3), 500, 5.0, 2.0)
         layouts.append(search.layout.slots.copy())
     assert (layouts[0] == layouts[1]).all()
+
+
+def test_spare_slots_are_all_filled_and_the_flow_stays_true():
+    trace = planted_trace(tokens=400, experts=8, top_k=2, topics=4)
+    search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4), slots=4)
+    problem = search.problem(1 << 40, (9.0, 9.0), 0)
+    before = problem.flow.cost.sum()
+    fill_spare_slots(problem)
+    assert (search.layout.slots >= 0).all()
+    fresh = make_flow(search.tokens, search.machine, search.layout)
+    assert (fresh.load == problem.flow.load).all()
+    assert problem.flow.cost == pytest.approx(fresh.cost)
+    assert fresh.cost.sum() < before, "copies of a random layout save rows"

@@ -181,6 +181,17 @@ def test_a_domain_of_one_rank_is_home(routing):
     assert np.array_equal(home.combine, coherent.combine)
 
 
+def test_an_outlook_decides_among_the_ranks_that_run_experts():
+    # Ranks 0, 0, 1 run the experts; the outlook prefers rank 2, then 1, then 0.
+    ranks, owner, domain = np.array([[0, 0, 1]]), np.array([0]), np.zeros(3, dtype=np.int64)
+    assert next_owner(ranks, owner, domain).tolist() == [0], "most experts, without an outlook"
+    assert next_owner(ranks, owner, domain, np.array([[1, 2, 9]])).tolist() == [1]
+    assert next_owner(ranks, owner, domain, np.array([[2, 2, 9]])).tolist() == [0], "a tie: stays"
+    assert next_owner(ranks, np.array([2]), domain, np.array([[2, 2, 9]])).tolist() == [0]
+    own_domains = np.arange(3)
+    assert next_owner(ranks, np.array([2]), own_domains, np.array([[5, 5, 0]])).tolist() == [2]
+
+
 @given(routings())
 def test_torch_tensors_follow_the_same_rules(routing):
     torch = pytest.importorskip("torch")
@@ -194,6 +205,9 @@ def test_torch_tensors_follow_the_same_rules(routing):
         assert np.array_equal(choose_ranks(*tensors).numpy(), ranks)
         moved = next_owner(torch.tensor(ranks), torch.tensor(owner), torch.tensor(domain))
         assert np.array_equal(moved.numpy(), next_owner(ranks, owner, domain))
+        ahead = np.random.default_rng(layer).integers(0, 9, (len(owner), plan.num_ranks))
+        moved = next_owner(*(torch.tensor(array) for array in (ranks, owner, domain, ahead)))
+        assert np.array_equal(moved.numpy(), next_owner(ranks, owner, domain, ahead))
 
 
 def test_chunks_do_not_change_the_count(monkeypatch):
