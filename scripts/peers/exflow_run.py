@@ -1,6 +1,7 @@
 """`exflow run`, called in a process group that exists; its own counts are taken from its metrics.
 
-Options: plan (a file), protocol, and folder for its files.
+Options: plan (a file), protocol, folder for its files, and whether it shall count (metrics): for that
+it gathers the routing of all tokens at the end, which would be taken for traffic of decode.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def load(checkpoint: Path, options: Mapping[str, Any]) -> Decode:
     """A function that runs the command; weights are read each time, outside of what is timed."""
     folder = Path(options.get("folder", "."))
     folder.mkdir(parents=True, exist_ok=True)
+    has_metrics = options.get("metrics", True)
 
     def decode(prompts: Prompts, steps: int) -> Decoded:
         output, metrics = folder / "out.jsonl", folder / "metrics.json"
@@ -35,16 +37,23 @@ def load(checkpoint: Path, options: Mapping[str, Any]) -> Decode:
             output.unlink(missing_ok=True)
         dist.barrier()
         call(
-            *("run", checkpoint, "--prompts", prompts.path, "-o", output, "--metrics", metrics),
+            *("run", checkpoint, "--prompts", prompts.path, "-o", output),
+            *(("--metrics", metrics) if has_metrics else ()),
             *("--protocol", options["protocol"], "--max-new-tokens", steps, "--ignore-eos"),
             *("--batch-size", len(prompts.token_ids)),
             *(("--plan", options["plan"]) if options.get("plan") else ()),
         )
         if dist.get_rank():
             return Decoded(tokens={}, prefill_seconds=0.0, decode_seconds=0.0)
-        return read(output, json.loads(metrics.read_text(encoding="utf-8")))
+        counts = json.loads(metrics.read_text(encoding="utf-8")) if has_metrics else None
+        return read(output, counts)
 
     return decode
+
+
+def load_quiet(checkpoint: Path, options: Mapping[str, Any]) -> Decode:
+    """The same without metrics, to count bytes of."""
+    return load(checkpoint, {**options, "metrics": False})
 
 
 def call(*arguments: object) -> None:
@@ -63,13 +72,16 @@ def call(*arguments: object) -> None:
         sys.argv = arguments_before
 
 
-def read(output: Path, metrics: dict[str, Any]) -> Decoded:
+def read(output: Path, metrics: dict[str, Any] | None) -> Decoded:
     """Tokens by index of the prompt, and the decode phase's own counts."""
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    tokens = {int(line["id"]): line["token_ids"] for line in lines}
+    if metrics is None:
+        return Decoded(tokens=tokens, prefill_seconds=0.0, decode_seconds=0.0)
     decode = metrics["phases"]["decode"]
     ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     return Decoded(
-        tokens={int(line["id"]): line["token_ids"] for line in lines},
+        tokens=tokens,
         prefill_seconds=sum(metrics["phases"]["prefill"]["seconds"].values()),
         decode_seconds=sum(decode["seconds"].values()),
         details={

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
+COUNTERS = Path("/sys/class/net/eth0/statistics")
+HEADER_BYTES = 66  # Ethernet, IPv4, TCP with timestamps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,40 +69,39 @@ Load = Callable[[Path, Mapping[str, Any]], Decode]
 def measure(decode: Decode, prompts: Prompts, steps: int) -> dict[str, Any]:
     """Decode on all ranks; what all of them saw, on every rank.
 
-    Seconds are the slowest rank's; bytes are what the interfaces of all nodes sent, None without a
-    cluster of interfaces called eth0.
+    Seconds are the slowest rank's; bytes are what the interfaces of all nodes sent, with headers
+    and without.
     """
-    before = read_counter()
+    before = read_counters()
     dist.barrier()
     decoded = decode(prompts, steps)
     dist.barrier()
-    after = read_counter()
-    sent = None if before is None or after is None else after - before
+    sent = [now - then for now, then in zip(read_counters(), before, strict=True)]
     mine = (decoded.tokens, decoded.prefill_seconds, decoded.decode_seconds, sent)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     tokens = {index: ids for part in everyone for index, ids in part[0].items()}
-    counts = [part[3] for part in everyone if part[3] is not None]
+    num_bytes, packets = (sum(part[3][index] for part in everyone) for index in range(2))
     return {
         "tokens": [tokens[index] for index in sorted(tokens)],
         "prefill_seconds": max(part[1] for part in everyone),
         "decode_seconds": max(part[2] for part in everyone),
-        "sent_bytes": sum(counts) if counts else None,
+        "sent_bytes": num_bytes,
+        "sent_payload": num_bytes - HEADER_BYTES * packets,
         **decoded.details,
     }
 
 
-def read_counter() -> int | None:
-    """Bytes that this node has sent; the first rank of each node reads it."""
-    if local_rank() or not COUNTER.exists():
-        return None
-    return int(COUNTER.read_text(encoding="ascii"))
+def read_counters() -> tuple[int, int]:
+    """Bytes and packets that this node has sent by eth0; its first rank reads them, others 0."""
+    if local_rank() or not COUNTERS.exists():
+        return 0, 0
+    num_bytes, packets = (COUNTERS / name for name in ("tx_bytes", "tx_packets"))
+    return int(num_bytes.read_text("ascii")), int(packets.read_text("ascii"))
 
 
 def local_rank() -> int:
     """This rank's number on its node."""
-    import os
-
     return int(os.environ["LOCAL_RANK"])
 
 

@@ -3,7 +3,8 @@
     torchrun ... -m scripts.peers.worker JOB.json
 
 The job names a model's checkpoint, prompts, steps, repeats and arms; results go to its `results`.
-Every arm first makes one token of each prompt, which warms it up and tells what prefill sends.
+Every arm first makes one token of each prompt, then all of them: this warms it up, and the
+difference is what decode sends.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from scripts.peers.interface import Prompts, failing_alike, measure
 
 if TYPE_CHECKING:
     from scripts.peers.interface import Decode
+
+SENT = ("sent_bytes", "sent_payload")
 
 
 def main() -> None:
@@ -44,31 +47,31 @@ def main() -> None:
 def open_arm(
     arm: dict[str, Any], job: dict[str, Any], prompts: Prompts
 ) -> tuple[dict[str, Any], Decode]:
-    """Load an arm's system and make one token with it."""
-    checkpoint = Path(job["checkpoint"])
+    """Load an arm's system and count the bytes it sends for a token."""
 
-    def load() -> tuple[Decode, dict[str, Any]]:
+    def load() -> tuple[Decode, dict[str, float]]:
         peer = import_module(f"scripts.peers.{arm['peer']}")
-        decode = peer.load(checkpoint, arm.get("options", {}))
-        return decode, measure(decode, prompts, 1)
+        given = Path(job["checkpoint"]), arm.get("options", {})
+        decode: Decode = peer.load(*given)
+        quiet = peer.load_quiet(*given) if hasattr(peer, "load_quiet") else decode
+        first, whole = (measure(quiet, prompts, steps) for steps in (1, job["steps"]))
+        tokens = len(prompts.token_ids) * (job["steps"] - 1)
+        return decode, {key: (whole[key] - first[key]) / tokens for key in SENT}
 
     opened, error = failing_alike(load)
     say(f"{arm['name']}: {error or 'loaded'}")
-    decode, first = opened or (None, None)
-    return {"name": arm["name"], "error": error, "first": first, "runs": []}, decode
+    decode, sent = opened or (None, None)
+    return {"name": arm["name"], "error": error, "per_token": sent, "runs": []}, decode
 
 
 def run_arm(arm: dict[str, Any], decode: Decode, prompts: Prompts, steps: int) -> None:
-    """One repeat; bytes are those of decode alone."""
+    """One repeat."""
     result, arm["error"] = failing_alike(lambda: measure(decode, prompts, steps))
     if result is None:
         return
     tokens = sum(len(ids) - 1 for ids in result["tokens"])
     result["ms"] = round(1000 * result["decode_seconds"] / (steps - 1), 2)
     result["tokens_per_second"] = tokens / result["decode_seconds"]
-    if result["sent_bytes"] is not None:
-        sent = result["sent_bytes"] - arm["first"]["sent_bytes"]
-        result["interface_bytes_per_token"] = sent / tokens
     if "own_bytes" in result:
         result["own_bytes_per_token"] = result["own_bytes"] / tokens
     arm["runs"].append(result)
