@@ -33,6 +33,16 @@ def run(
     batch_size: Annotated[int, typer.Option(help="Requests in flight, over all ranks.")] = 16,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(help="For keys and values on each rank: bytes like 2GiB, or tokens."),
+    ] = None,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Prompt tokens a rank reads between two decode steps.")
+    ] = 2048,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends a text; may be repeated.")
+    ] = None,
     metrics: Annotated[
         Path | None, typer.Option(help="Write rows, bytes, messages and seconds as JSON.")
     ] = None,
@@ -47,29 +57,32 @@ def run(
     """
     from exflow.runtime.engine import EngineOptions
     from exflow.runtime.job import Job, run_job
+    from exflow.runtime.kv_budget import KvBudget
+    from exflow.runtime.model import ModelOptions
     from exflow.runtime.requests import SamplingParams
 
+    engine = EngineOptions(
+        protocol=protocol,  # type: ignore[arg-type]  # it checks itself
+        coherence_domain=coherence_domain,
+        batch_size=batch_size,
+        kv_budget=KvBudget() if kv_memory is None else KvBudget.parse(kv_memory),
+        prefill_chunk=prefill_chunk,
+    )
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        max_tokens=max_new_tokens,
+        ignore_eos=ignore_eos,
+        stop=stop or (),
+    )
     run_job(
         Job(
-            model=model,
+            model=ModelOptions(model=model, plan=plan, engine=engine, dtype=dtype, device=device),
             prompts=prompts,
             output=output,
-            plan=plan,
-            engine=EngineOptions(
-                protocol=protocol,  # type: ignore[arg-type]  # checked by Job
-                coherence_domain=coherence_domain,
-                batch_size=batch_size,
-            ),
-            sampling=SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
-                max_new_tokens=max_new_tokens,
-                ignore_eos=ignore_eos,
-            ),
-            dtype=dtype,
-            device=device,
+            sampling=sampling,
             metrics=metrics,
             trace=record_trace,
         )

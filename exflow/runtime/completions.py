@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from placement.errors import UserError
@@ -57,13 +58,13 @@ class CompletionFile:
     ) -> None:
         self._file.close()
 
-    def add(self, completion: Completion, text: str) -> None:
-        """Write one completion, so that it is there if the next step fails."""
+    def add(self, completion: Completion) -> None:
+        """Write one completion, so that it is on disk whatever happens to this process next."""
         request = completion.request
         line: dict[str, Any] = {
             "id": request.id,
             "prompt": request.prompt,
-            "text": text,
+            "text": completion.text,
             "token_ids": list(completion.token_ids),
             "finish_reason": completion.finish_reason,
             "prompt_tokens": len(request.token_ids),
@@ -72,6 +73,7 @@ class CompletionFile:
             line["reason"] = completion.reason
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def check_writable(path: Path) -> None:

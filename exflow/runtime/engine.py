@@ -6,7 +6,7 @@ flight makes one token (decode).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,24 +18,34 @@ from exflow.runtime.dispatcher import (
     HomeDispatcher,
     LocalDispatcher,
 )
+from exflow.runtime.kv_budget import KvBudget
 from exflow.runtime.kv_cache import KvCache
+from exflow.runtime.limits import Limits
 from exflow.runtime.metrics import PHASES, PhaseMetrics
+from exflow.runtime.requests import NewToken
 from exflow.runtime.rows import RowFormat
-from exflow.runtime.scheduler import Limits, Scheduler
+from exflow.runtime.scheduler import Scheduler
 from exflow.runtime.steps import Steps
 from exflow.runtime.tables import PlacementTables
 from exflow.runtime.wire import Wire
+from placement.errors import UserError
+from placement.traffic import PROTOCOLS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from exflow.runtime.decoder import Decoder
     from exflow.runtime.metrics import Phase
     from exflow.runtime.ranks import Ranks
     from exflow.runtime.recorder import DecodeRecorder
     from exflow.runtime.requests import Completion, Request, SamplingParams
+    from exflow.runtime.text import Detokenizer
     from placement.plan import PlacementPlan
     from placement.traffic import Protocol
+
+
+class EngineError(UserError):
+    """Options that make no sense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +56,26 @@ class EngineOptions:
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None for all. Ignored under `home`.
         batch_size: requests in flight, over all ranks.
+        kv_budget: memory for keys and values on each rank; without limits, what the longest
+            `batch_size` requests need.
+        prefill_chunk: prompt tokens that a rank reads between two decode steps; None for all.
     """
 
     protocol: Protocol = "coherent"
     coherence_domain: int | None = None
     batch_size: int = 16
+    kv_budget: KvBudget = field(default_factory=KvBudget)
+    prefill_chunk: int | None = 2048
+
+    def __post_init__(self) -> None:
+        counts = {"batch-size": self.batch_size, "prefill-chunk": self.prefill_chunk}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                msg = f"--{name} must be at least 1, got {count}"
+                raise EngineError(msg)
+        if self.protocol not in PROTOCOLS:
+            msg = f"--protocol must be one of {', '.join(PROTOCOLS)}; got {self.protocol!r}"
+            raise EngineError(msg)
 
     @property
     def domain_size(self) -> int | None:
@@ -63,6 +88,7 @@ class Engine:
 
     Attributes:
         metrics: counts of this rank by phase.
+        scheduler: the requests under way, once there are some.
     """
 
     def __init__(
@@ -73,10 +99,24 @@ class Engine:
         *,
         options: EngineOptions,
         recorder: DecodeRecorder | None = None,
+        tokenizer: Detokenizer | None = None,
     ) -> None:
+        """An engine on this rank; every rank of the job makes its own.
+
+        Args:
+            decoder: the model with this rank's weights.
+            plan: where experts are.
+            ranks: this rank.
+            options: how to decode.
+            recorder: takes down the routing of decode steps.
+            tokenizer: makes text; needed for stop strings and for completions with text.
+        """
         embedding = decoder.weights.embedding
         self._definition = decoder.definition
         self._options = options
+        self._tokenizer = tokenizer
+        self._is_first = ranks.is_first
+        self.scheduler: Scheduler | None = None
         self._embedding = embedding
         self.metrics: dict[Phase, PhaseMetrics] = {
             phase: PhaseMetrics(plan.num_layers, plan.num_ranks) for phase in PHASES
@@ -101,29 +141,77 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams | None = None,
+        *,
+        on_token: Callable[[NewToken], None] | None = None,
+    ) -> Iterator[Completion]:
         """Run requests; completions come as they finish, in the same order on every rank.
 
         Args:
             requests: the same on all ranks.
-            params: how to sample.
+            params: how to sample all of them, instead of their own parameters.
+            on_token: called on rank 0 with every new token.
+
+        Raises:
+            EngineError: a request has stop strings, and the engine no tokenizer.
         """
-        limits = Limits.for_requests(
+        if params is not None:
+            requests = [replace(request, params=params) for request in requests]
+        if self._tokenizer is None and any(request.params.stop for request in requests):
+            msg = "stop strings need a tokenizer; give the engine one or use stop_token_ids"
+            raise EngineError(msg)
+        limits = self._limits(requests)
+        scheduler = Scheduler(
+            requests,
+            limits,
+            domain_of_rank=self._steps.domain_of_rank,
+            tokenizer=self._tokenizer,
+            is_streaming=on_token is not None and self._is_first,
+        )
+        cache = self._make_cache(requests, limits)
+        self.scheduler = scheduler
+        while scheduler.has_work:
+            yield from scheduler.join()[1]
+            chunks = scheduler.next_chunks()
+            if chunks:
+                yield from self._advance(self._steps.prefill(chunks, cache), on_token)
+            decoding = scheduler.decoding
+            if decoding:
+                yield from self._advance(self._steps.decode(decoding, cache), on_token)
+
+    def _advance(
+        self, token_of_slot: dict[int, int], on_token: Callable[[NewToken], None] | None
+    ) -> list[Completion]:
+        """Give requests their new tokens, and tell who listens."""
+        assert self.scheduler is not None
+        flights = [flight for flight in self.scheduler.running if flight.slot in token_of_slot]
+        completions = self.scheduler.advance(token_of_slot)
+        if on_token is not None and self._is_first:
+            reasons = {done.request.index: done.finish_reason for done in completions}
+            for flight in flights:
+                reason = reasons.get(flight.request.index)
+                stream = flight.stream
+                on_token(
+                    NewToken(
+                        request=flight.request,
+                        token_id=flight.token_ids[-1],
+                        text="" if stream is None else stream.take(is_last=reason is not None),
+                        finish_reason=reason,
+                    )
+                )
+        return completions
+
+    def _limits(self, requests: Sequence[Request]) -> Limits:
+        return Limits.for_requests(
             requests,
             self._definition,
-            params=params,
             batch_size=self._options.batch_size,
+            max_pages=self._options.kv_budget.pages(self._definition, self._embedding.dtype),
+            prefill_chunk=self._options.prefill_chunk,
         )
-        scheduler = Scheduler(requests, limits, domain_of_rank=self._steps.domain_of_rank)
-        cache = self._make_cache(requests, limits)
-        while scheduler.has_work:
-            joined, refused = scheduler.join()
-            yield from refused
-            if joined:
-                yield from scheduler.advance(self._steps.prefill(joined, cache, params))
-            if scheduler.running:
-                tokens = self._steps.decode(scheduler.running, cache, params)
-                yield from scheduler.advance(tokens)
 
     def _make_cache(self, requests: Sequence[Request], limits: Limits) -> KvCache:
         pages = [limits.pages(r) for r in requests if limits.refusal(r) is None]

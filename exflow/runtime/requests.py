@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from placement.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FinishReason = Literal["stop", "length", "refused"]
 
@@ -23,33 +26,42 @@ class SamplingParams:
         top_k: only the so many likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that together have this probability.
         seed: with the request's index it settles every random choice.
-        max_new_tokens: tokens after which a request ends.
-        ignore_eos: go on after an end token, up to max_new_tokens.
+        max_tokens: tokens after which a request ends.
+        ignore_eos: go on after an end token of the model, up to `max_tokens`.
+        stop: strings that end a text, or one; the text ends before them.
+        stop_token_ids: tokens that end a text, beside the model's end tokens.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    max_new_tokens: int = 64
+    max_tokens: int = 64
     ignore_eos: bool = False
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         bounds = {
             "temperature": self.temperature >= 0,
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
-            "max_new_tokens": self.max_new_tokens >= 1,
+            "max_tokens": self.max_tokens >= 1,
+            "stop": all(isinstance(text, str) and text for text in stop),
         }
         expected = {
             "temperature": "at least 0",
             "top_k": "at least 0 (0 for all)",
             "top_p": "above 0 and at most 1",
-            "max_new_tokens": "at least 1",
+            "max_tokens": "at least 1",
+            "stop": "strings that are not empty",
         }
         for name, holds in bounds.items():
             if not holds:
-                msg = f"{name} must be {expected[name]}, got {getattr(self, name)}"
+                msg = f"{name} must be {expected[name]}, got {getattr(self, name)!r}"
                 raise SamplingError(msg)
 
 
@@ -62,12 +74,14 @@ class Request:
         id: the user's name for it.
         prompt: text, if there is one.
         token_ids: the prompt's tokens.
+        params: how to sample.
     """
 
     index: int
     id: Any
     prompt: str
     token_ids: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +91,31 @@ class Completion:
     Attributes:
         request: the request.
         token_ids: the new tokens, the one that ended the text included.
-        finish_reason: "stop" at an end token, "length", or "refused".
+        finish_reason: "stop" (end token, stop token or stop string), "length", or "refused".
+        text: the new tokens' text, without the stop string; "" where no tokenizer is at hand.
         reason: why it was refused.
     """
 
     request: Request
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    text: str = ""
     reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewToken:
+    """One more token of a request, as it is made.
+
+    Attributes:
+        request: the request.
+        token_id: the token.
+        text: what it adds to the text; "" in the middle of a character, and while the end of the
+            text may be the beginning of a stop string.
+        finish_reason: why it is the last one, if it is.
+    """
+
+    request: Request
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None = None

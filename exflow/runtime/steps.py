@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from exflow.runtime.kv_cache import KvCache
     from exflow.runtime.metrics import Phase, PhaseMetrics
     from exflow.runtime.recorder import DecodeRecorder
-    from exflow.runtime.requests import SamplingParams
-    from exflow.runtime.scheduler import Flight
+    from exflow.runtime.scheduler import Chunk, Flight
     from exflow.runtime.wire import Wire
 
 
@@ -57,34 +56,37 @@ class Steps:
     rank: int
     domain_of_rank: Sequence[int]
 
-    def prefill(
-        self, joined: Sequence[Flight], cache: KvCache, params: SamplingParams
-    ) -> dict[int, int]:
-        """Read the prompts of new requests; the first new token of each slot."""
-        for flight in joined:
-            if flight.domain == self.domain_of_rank[self.rank]:
+    def prefill(self, chunks: Sequence[Chunk], cache: KvCache) -> dict[int, int]:
+        """Read parts of prompts at home; the first new token of each slot whose prompt ends."""
+        for chunk in chunks:
+            flight = chunk.flight
+            if chunk.start == 0 and flight.domain == self.domain_of_rank[self.rank]:
                 cache.assign(flight.slot, flight.pages)
-        mine = [flight for flight in joined if flight.home == self.rank]
-        prompts = [flight.request.token_ids for flight in mine]
-        lengths = [len(prompt) for prompt in prompts]
-        slots = [flight.slot for flight in mine]
+        mine = [chunk for chunk in chunks if chunk.flight.home == self.rank]
+        lengths = [len(chunk.token_ids) for chunk in mine]
         attention = PrefillAttention(
-            self.decoder.definition, cache, self.rotary, slots=slots, lengths=lengths
+            self.decoder.definition,
+            cache,
+            self.rotary,
+            slots=[chunk.flight.slot for chunk in mine],
+            lengths=lengths,
+            starts=[chunk.start for chunk in mine],
         )
-        token_ids = [token for prompt in prompts for token in prompt]
-        owned = self._by_home(joined, [len(flight.request.token_ids) for flight in joined])
+        token_ids = [token for chunk in mine for token in chunk.token_ids]
+        flights = [chunk.flight for chunk in chunks]
+        owned = self._by_home(flights, [len(chunk.token_ids) for chunk in chunks])
         tokens, stored = self._run("prefill", token_ids, attention.slots, owned, attention)
-        ends = self._tensor(np.cumsum(lengths) - 1)
+        ends = np.cumsum(lengths, dtype=np.int64) - 1
+        ends_T = self._tensor(ends[[chunk.is_last for chunk in mine]])
+        done = [chunk.flight for chunk in chunks if chunk.is_last]
         last = Tokens(
-            hidden=tokens.hidden[ends],
-            slots=tokens.slots[ends],
-            owned=self._by_home(joined, [1] * len(joined)),
+            hidden=tokens.hidden[ends_T],
+            slots=tokens.slots[ends_T],
+            owned=self._by_home(done, [1] * len(done)),
         )
-        return self._finish("prefill", last, stored, joined, attention, cache, params)
+        return self._finish("prefill", last, stored, done, attention, cache)
 
-    def decode(
-        self, running: Sequence[Flight], cache: KvCache, params: SamplingParams
-    ) -> dict[int, int]:
+    def decode(self, running: Sequence[Flight], cache: KvCache) -> dict[int, int]:
         """One more token of every request in flight, by slot."""
         positions_S = np.zeros(len(cache.page_table), dtype=np.int64)
         requests_S = np.zeros(len(cache.page_table), dtype=np.int64)
@@ -105,7 +107,7 @@ class Steps:
         tokens, stored = self._run("decode", token_ids, slots_T, owned, attention)
         if self.recorder is not None:
             self.recorder.end_step(requests_S, positions_S)
-        return self._finish("decode", tokens, stored, running, attention, cache, params)
+        return self._finish("decode", tokens, stored, running, attention, cache)
 
     def _run(
         self,
@@ -137,7 +139,6 @@ class Steps:
         flights: Sequence[Flight],
         attention: Attention,
         cache: KvCache,
-        params: SamplingParams,
     ) -> dict[int, int]:
         """Sample where the tokens stand and share what is new."""
         metrics = self.metrics[phase]
@@ -145,7 +146,7 @@ class Steps:
         here = [flight_of_slot[slot] for slot in tokens.slots.tolist()]
         token_ids_T = sample(
             self.decoder.logits(tokens.hidden),
-            params,
+            [flight.request.params for flight in here],
             request_indices=np.array([flight.request.index for flight in here], dtype=np.int64),
             positions=np.array([flight.position + 1 for flight in here], dtype=np.int64),
         )

@@ -13,8 +13,8 @@ from placement.traffic import count_traffic
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from exflow.runtime.job import Job, Prepared
     from exflow.runtime.metrics import Phase, PhaseMetrics
+    from exflow.runtime.model import PreparedModel
     from exflow.runtime.ranks import Ranks
     from exflow.runtime.requests import Completion
     from placement.trace import RoutingTrace
@@ -37,25 +37,25 @@ class Clock:
 
 
 def summarize(
-    job: Job,
-    prepared: Prepared,
+    prepared: PreparedModel,
     ranks: Ranks,
     metrics: Mapping[Phase, PhaseMetrics],
     completions: Sequence[Completion],
     trace: RoutingTrace | None,
     *,
+    num_prompts: int,
     seconds: Mapping[str, float],
     bytes_read: int,
 ) -> dict[str, Any]:
     """Gather the counts of all ranks; every rank must call it.
 
     Args:
-        job: what was asked.
-        prepared: the model and the plan.
+        prepared: the model, the plan and the options.
         ranks: this rank.
         metrics: its counts.
         completions: all completions.
         trace: the routing of all decode steps; None if there were none.
+        num_prompts: prompts of the job, finished earlier or now.
         seconds: by part of the job.
         bytes_read: bytes of weights this rank read.
     """
@@ -64,22 +64,22 @@ def summarize(
     phases = {phase: join_phases([rank["phases"][phase] for rank in by_rank]) for phase in PHASES}
     generated = sum(len(completion.token_ids) for completion in completions)
     refused = sum(completion.finish_reason == "refused" for completion in completions)
-    predicted = _predict(job, prepared, trace)
+    predicted = _predict(prepared, trace)
     decode = phases["decode"]
     return {
         "format": FORMAT,
         "model": prepared.definition.name,
         "strategy": prepared.plan.strategy.name,
-        "protocol": job.engine.protocol,
-        "coherence_domain": job.engine.domain_size or ranks.num_ranks,
+        "protocol": prepared.engine.protocol,
+        "coherence_domain": prepared.engine.domain_size or ranks.num_ranks,
         "world_size": ranks.num_ranks,
-        "batch_size": job.engine.batch_size,
+        "batch_size": prepared.engine.batch_size,
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "device": prepared.device.type,
         "requests": {
             "finished": len(completions) - refused,
             "refused": refused,
-            "skipped": len(prepared.prompts) - len(completions),
+            "skipped": num_prompts - len(completions),
         },
         "tokens": {"prompt": phases["prefill"]["tokens"], "generated": generated},
         "seconds": dict(seconds),
@@ -101,7 +101,7 @@ def _rows_per_token(phase: dict[str, Any]) -> dict[str, float]:
     return {kind: count / tokens for kind, count in (rows | {"total": sum(rows.values())}).items()}
 
 
-def _predict(job: Job, prepared: Prepared, trace: RoutingTrace | None) -> dict[str, Any]:
+def _predict(prepared: PreparedModel, trace: RoutingTrace | None) -> dict[str, Any]:
     """The planner's count for the routing of the decode steps."""
     plan = prepared.plan
     if trace is None:
@@ -110,8 +110,8 @@ def _predict(job: Job, prepared: Prepared, trace: RoutingTrace | None) -> dict[s
     traffic = count_traffic(
         trace,
         plan,
-        protocol=job.engine.protocol,
-        coherence_domain=job.engine.coherence_domain,
+        protocol=prepared.engine.protocol,
+        coherence_domain=prepared.engine.coherence_domain,
     )
     return {
         "dispatch": traffic.dispatch.tolist(),

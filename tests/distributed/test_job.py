@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 from exflow.assets import BUNDLED_MODELS, resolve_model
 from exflow.runtime.engine import EngineOptions
 from exflow.runtime.job import Job, run_job
+from exflow.runtime.kv_budget import KvBudget
+from exflow.runtime.model import ModelOptions
 from exflow.runtime.requests import SamplingParams
 from harness import run_ranks
 from placement.trace import RoutingTrace
@@ -49,13 +51,16 @@ def job(model, tmp_path):
     prompts.write_text("".join(json.dumps(line) + "\n" for line in LINES))
 
     def make_job(**changes):
+        options = {"model": str(model)}
+        for name in ("model", "plan", "engine", "dtype"):
+            if name in changes:
+                options[name] = changes.pop(name)
         defaults = {
-            "model": str(model),
             "prompts": prompts,
             "output": tmp_path / "out" / "completions.jsonl",
-            "sampling": SamplingParams(max_new_tokens=4),
+            "sampling": SamplingParams(max_tokens=4),
         }
-        return Job(**(defaults | changes))
+        return Job(model=ModelOptions(**options), **(defaults | changes))
 
     return make_job
 
@@ -136,6 +141,7 @@ def test_every_mistake_is_reported_on_every_rank(job, model, tmp_path):
         "a coherence domain of 3 ranks does not divide 2": {
             "engine": EngineOptions(coherence_domain=3)
         },
+        "the KV memory holds no page": {"engine": EngineOptions(kv_budget=KvBudget(tokens=15))},
         "cannot be written": {"output": blocked / "completions.jsonl"},
         "not a completion": {"output": write("else.jsonl", "[1]\n")},
         "no model": {"model": "nowhere"},
@@ -181,7 +187,7 @@ def test_reference_models_decode_as_in_transformers(name, job, tmp_path):
     texts = ["The history of the city begins", "def add(a, b):\n    return", "Let x = 2 and y ="]
     prompts = tmp_path / "texts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
     arms = [
         job(model=name, prompts=prompts, output=tmp_path / f"{protocol}.jsonl", sampling=params,
             engine=EngineOptions(protocol=protocol))
@@ -198,9 +204,11 @@ def test_reference_models_decode_as_in_transformers(name, job, tmp_path):
 
 def test_options_are_checked_before_anything_is_read(job):
     for changes, named in (
-        ({"engine": EngineOptions(protocol="push")}, "protocol"),
-        ({"engine": EngineOptions(batch_size=0)}, "batch-size"),
-        ({"dtype": "float8"}, "dtype"),
+        ({"protocol": "push"}, "protocol"),
+        ({"batch_size": 0}, "batch-size"),
+        ({"prefill_chunk": 0}, "prefill-chunk"),
     ):
         with pytest.raises(ValueError, match=named):
-            job(**changes)
+            EngineOptions(**changes)
+    with pytest.raises(ValueError, match="dtype"):
+        job(dtype="float8")

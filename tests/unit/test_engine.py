@@ -74,7 +74,7 @@ def make_requests(prompts):
 
 
 def generate(engine, prompts=PROMPTS, **params):
-    params = {"max_new_tokens": NEW_TOKENS} | params
+    params = {"max_tokens": NEW_TOKENS} | params
     completions = engine.generate(make_requests(prompts), SamplingParams(**params))
     tokens = {c.request.index: list(c.token_ids) for c in completions}
     return [tokens[index] for index in range(len(prompts))]

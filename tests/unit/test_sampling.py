@@ -11,7 +11,7 @@ from exflow.runtime.sampling import sample, uniform
 def draw(logits, params, *, count=1, first_position=0, request=0):
     return sample(
         logits.expand(count, -1),
-        params,
+        [params] * count,
         request_indices=np.full(count, request, dtype=np.int64),
         positions=np.arange(first_position, first_position + count, dtype=np.int64),
     )
@@ -72,10 +72,8 @@ def test_seeds_requests_and_positions_differ():
     indices = np.zeros(1000, dtype=np.int64)
     positions = np.arange(1000)
     streams = [
-        uniform(0, indices, positions),
-        uniform(1, indices, positions),
-        uniform(-1, indices, positions),
-        uniform(0, indices + 1, positions),
+        uniform(np.full(1000, seed % 2**64, dtype=np.uint64), indices + shift, positions)
+        for seed, shift in [(0, 0), (1, 0), (-1, 0), (0, 1)]
     ]
     for number, stream in enumerate(streams):
         assert 0 <= stream.min() < stream.max() < 1
@@ -87,12 +85,38 @@ def test_seeds_requests_and_positions_differ():
 def test_no_rows_give_no_tokens():
     empty = torch.empty(0, 4)
     nothing = np.empty(0, dtype=np.int64)
-    for params in (SamplingParams(), SamplingParams(temperature=1.0, top_k=2, top_p=0.5)):
-        assert sample(empty, params, request_indices=nothing, positions=nothing).shape == (0,)
+    assert sample(empty, [], request_indices=nothing, positions=nothing).shape == (0,)
+
+
+def test_rows_with_different_parameters_get_what_each_gets_alone():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 50, generator=generator)
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_k=3),
+        SamplingParams(temperature=0.7, top_p=0.5, seed=9),
+        SamplingParams(temperature=2.0, top_k=20, top_p=0.9),
+        SamplingParams(temperature=1.0, seed=1),
+    ]
+    requests, positions = np.arange(6), np.full(6, 17)
+    together = sample(logits, params, request_indices=requests, positions=positions)
+    alone = [
+        sample(
+            logits[row : row + 1],
+            params[row : row + 1],
+            request_indices=requests[row : row + 1],
+            positions=positions[row : row + 1],
+        ).item()
+        for row in range(6)
+    ]
+    assert together.tolist() == alone
+    assert together[0] == logits[0].argmax()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}]
+    "wrong",
+    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": 0}, {"stop": [""]}],
 )
 def test_parameters_out_of_range_are_named(wrong):
     with pytest.raises(SamplingError, match=next(iter(wrong))):

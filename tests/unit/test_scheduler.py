@@ -5,20 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exflow.runtime.kv_cache import PAGE_SIZE
+from exflow.runtime.limits import Limits
 from exflow.runtime.requests import Request, SamplingParams
-from exflow.runtime.scheduler import Limits, Scheduler
+from exflow.runtime.scheduler import Scheduler
 
 
-def make_requests(lengths):
+def make_requests(lengths, **params):
+    params = SamplingParams(**({"max_tokens": 4} | params))
     return [
-        Request(index=i, id=i, prompt="", token_ids=(1,) * length)
+        Request(index=i, id=i, prompt="", token_ids=(1,) * length, params=params)
         for i, length in enumerate(lengths)
     ]
 
 
 def make_limits(**changes):
     defaults = {
-        "max_new_tokens": 4,
         "max_positions": 100,
         "eos_token_ids": (9,),
         "batch_size": 2,
@@ -73,7 +74,7 @@ def test_a_request_ends_where_the_model_s_positions_do():
     [
         (0, {}, "no tokens"),
         (101, {}, "101 tokens, the model takes 100"),
-        (40, {"num_pages": 2}, "needs 3 pages of KV cache, there are 2"),
+        (40, {"num_pages": 2}, "needs 3 pages of 16 tokens of KV cache for 40 prompt"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(length, limits, reason):
@@ -106,9 +107,51 @@ def test_limits_for_requests_have_pages_for_the_longest_batch():
         eos_token_ids = ()
 
     limits = Limits.for_requests(
-        make_requests([PAGE_SIZE, 3 * PAGE_SIZE, 5 * PAGE_SIZE, 2000]),
+        make_requests([PAGE_SIZE, 3 * PAGE_SIZE, 5 * PAGE_SIZE, 2000], max_tokens=PAGE_SIZE),
         Definition(),
-        params=SamplingParams(max_new_tokens=PAGE_SIZE),
         batch_size=2,
     )
     assert limits.num_pages == 6 + 4
+
+
+def test_a_full_domain_does_not_hold_up_the_others():
+    """Requests of rank 0 need all its pages; those of rank 1 join past them, in order."""
+    scheduler = Scheduler(
+        make_requests([60, 1, 60, 1, 1]),
+        make_limits(num_pages=4, batch_size=4),
+        domain_of_rank=[0, 1],
+    )
+    joined, _ = scheduler.join()
+    assert [flight.request.index for flight in joined] == [0, 1, 3]
+    scheduler.advance({joined[0].slot: 9})
+    assert [flight.request.index for flight in scheduler.join()[0]] == [2]
+
+
+def test_long_prompts_are_read_in_parts_and_those_before_go_first():
+    scheduler = Scheduler(
+        make_requests([5, 3, 4, 2]),
+        make_limits(batch_size=4, prefill_chunk=4),
+        domain_of_rank=[0, 0],
+    )
+    scheduler.join()
+    passes = []
+    while len(scheduler.decoding) < 4:
+        chunks = scheduler.next_chunks()
+        passes.append([(c.flight.request.index, c.start, c.stop, c.is_last) for c in chunks])
+    assert passes == [
+        [(0, 0, 4, False), (1, 0, 3, True), (3, 0, 1, False)],
+        [(0, 4, 5, True), (2, 0, 3, False), (3, 1, 2, True)],
+        [(2, 3, 4, True)],
+    ]
+    assert scheduler.next_chunks() == []
+
+
+def test_a_stop_token_ends_a_text_and_an_end_token_may_be_ignored():
+    for params, token, reason in (
+        ({"stop_token_ids": [7]}, 7, "stop"),
+        ({"stop_token_ids": [7], "ignore_eos": True}, 7, "stop"),
+        ({"ignore_eos": True}, 9, "length"),
+    ):
+        scheduler = Scheduler(make_requests([3], **params), make_limits(), domain_of_rank=[0])
+        completions, _, _ = run(scheduler, token)
+        assert [c.finish_reason for c in completions] == [reason]

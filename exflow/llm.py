@@ -1,0 +1,187 @@
+"""LLM: a model that generates, from Python, on one rank or under torchrun.
+
+    from exflow import LLM, SamplingParams
+
+    with LLM("pile-moe-top4", plan="plan.json") as llm:
+        for done in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+            print(done.text)
+
+Under torchrun every rank runs the same lines with the same prompts, and gets the same completions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exflow.models.checkpoint import Checkpoint
+from exflow.runtime.engine import EngineOptions
+from exflow.runtime.kv_budget import KvBudget
+from exflow.runtime.model import ModelOptions, load_engine, prepare_model
+from exflow.runtime.progress import with_progress
+from exflow.runtime.ranks import Ranks
+from exflow.runtime.requests import Completion, Request, SamplingParams
+from placement.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from exflow.runtime.requests import NewToken
+    from placement.plan import PlacementPlan
+    from placement.traffic import Protocol
+
+
+class LLMError(UserError):
+    """Prompts and parameters that do not belong together."""
+
+
+class LLM:
+    """A decoder whose experts are spread over the ranks of this job.
+
+    Attributes:
+        ranks: this process among the others.
+        tokenizer: the model's.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        plan: str | Path | PlacementPlan | None = None,
+        protocol: Protocol = "coherent",
+        coherence_domain: int | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_size: int = 16,
+        kv_cache_tokens: int | None = None,
+        kv_memory: str | int | None = None,
+        prefill_chunk: int | None = 2048,
+    ) -> None:
+        """Load a rank's share of a model.
+
+        Args:
+            model: a bundled model's name, a folder or a hub id.
+            plan: a placement plan or its file; without one, experts lie in order.
+            protocol: "coherent": tokens stay where their experts are; "home": they return.
+            coherence_domain: ranks that share keys and values; None for all.
+            dtype: "auto", "float32", "bfloat16" or "float16".
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            batch_size: requests in flight, over all ranks.
+            kv_cache_tokens: tokens of context that a rank has memory for.
+            kv_memory: the same in bytes: a number, or text like "2GiB".
+            prefill_chunk: prompt tokens a rank reads between two decode steps; None for all.
+
+        Raises:
+            UserError: the model, the plan or the options cannot be used; on every rank.
+        """
+        engine = EngineOptions(
+            protocol=protocol,
+            coherence_domain=coherence_domain,
+            batch_size=batch_size,
+            kv_budget=_budget(kv_cache_tokens, kv_memory),
+            prefill_chunk=prefill_chunk,
+        )
+        path = Path(plan) if isinstance(plan, str) else plan
+        options = ModelOptions(model=model, plan=path, engine=engine, dtype=dtype, device=device)
+        self.ranks = Ranks.from_environment()
+        self._prepared = prepare_model(options, self.ranks)
+        self.tokenizer = self._prepared.tokenizer
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.ranks.connected(self._prepared.device))
+            with self.ranks.agreeing(self._prepared.device):
+                checkpoint = Checkpoint(self._prepared.folder)
+                self._engine = load_engine(self._prepared, checkpoint, self.ranks)
+            self._connection = stack.pop_all()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+        self._connection.close()
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_token: Callable[[NewToken], None] | None = None,
+        show_progress: bool = True,
+    ) -> list[Completion]:
+        """Complete prompts.
+
+        Args:
+            prompts: texts, or their token ids; the same on all ranks.
+            sampling_params: for all prompts, or one for each.
+            on_token: called on rank 0 with every token as it is made.
+            show_progress: whether rank 0 shows how far it is, on a terminal.
+
+        Returns:
+            A completion for each prompt, in their order.
+
+        Raises:
+            LLMError: parameters do not match the prompts, or prompts differ between ranks.
+        """
+        requests = self._requests([prompts] if isinstance(prompts, str) else prompts)
+        requests = _with_params(requests, sampling_params)
+        self._check_same(requests)
+        made = self._engine.generate(requests, on_token=on_token)
+        is_shown = show_progress and self.ranks.is_first
+        found = {
+            completion.request.index: completion
+            for completion in with_progress(made, len(requests), is_shown=is_shown)
+        }
+        return [found[request.index] for request in requests]
+
+    def _requests(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[Request]:
+        requests = []
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                text, ids = prompt, self.tokenizer(prompt, verbose=False)["input_ids"]
+            else:
+                text, ids = self.tokenizer.decode(prompt), prompt
+            requests.append(Request(index=index, id=index, prompt=text, token_ids=tuple(ids)))
+        return requests
+
+    def _check_same(self, requests: Sequence[Request]) -> None:
+        digest = hashlib.sha256(repr(requests).encode()).hexdigest()
+        digests = self.ranks.gather(digest, self._prepared.device)
+        other = [rank for rank, found in enumerate(digests) if found != digests[0]]
+        if other:
+            msg = (
+                f"ranks {other} were given other prompts or parameters than rank 0; give all "
+                f"ranks the same"
+            )
+            raise LLMError(msg)
+
+
+def _budget(kv_cache_tokens: int | None, kv_memory: str | int | None) -> KvBudget:
+    if not isinstance(kv_memory, str):
+        return KvBudget(tokens=kv_cache_tokens, num_bytes=kv_memory)
+    budget = KvBudget.parse(kv_memory)
+    return budget if kv_cache_tokens is None else replace(budget, tokens=kv_cache_tokens)
+
+
+def _with_params(
+    requests: list[Request], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[Request]:
+    if params is None:
+        return requests
+    if isinstance(params, SamplingParams):
+        params = [params] * len(requests)
+    if len(params) != len(requests):
+        msg = f"{len(requests)} prompts and {len(params)} sampling parameters; give one or as many"
+        raise LLMError(msg)
+    return [replace(request, params=own) for request, own in zip(requests, params, strict=True)]

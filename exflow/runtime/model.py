@@ -1,0 +1,177 @@
+"""A model, a plan and options in; an engine on this rank out. What a job and an `LLM` share.
+
+What every rank can check by itself is checked in `prepare_model`, before the ranks connect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from exflow.assets import resolve_model
+from exflow.models.checkpoint import checkpoint_folder
+from exflow.models.families import define_model
+from exflow.profiling.checkpoint import choose_device, load_tokenizer
+from exflow.runtime.decoder import Decoder
+from exflow.runtime.engine import Engine, EngineOptions
+from exflow.runtime.weights import load_weights
+from placement.errors import UserError
+from placement.plan import PlacementPlan, Strategy
+from placement.topology import Topology
+
+if TYPE_CHECKING:
+    from exflow.models.checkpoint import Checkpoint
+    from exflow.models.definition import DecoderDefinition
+    from exflow.runtime.ranks import Ranks
+    from exflow.runtime.recorder import DecodeRecorder
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class ModelError(UserError):
+    """Options that make no sense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is spread and run.
+
+    Attributes:
+        model: a bundled model's name, a folder or a hub id.
+        plan: a placement plan or its file; None places experts in order.
+        engine: protocol, domain, batch size and memory.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+    """
+
+    model: str
+    plan: PlacementPlan | Path | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            msg = f"--dtype must be one of auto, {', '.join(DTYPES)}; got {self.dtype!r}"
+            raise ModelError(msg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """What every rank has found out by itself.
+
+    Attributes:
+        folder: the checkpoint.
+        definition: the model.
+        plan: a plan that fits it and the ranks.
+        engine: how to decode.
+        tokenizer: the model's.
+        device: where this rank computes.
+        dtype: the number format.
+    """
+
+    folder: Path
+    definition: DecoderDefinition
+    plan: PlacementPlan
+    engine: EngineOptions
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare_model(options: ModelOptions, ranks: Ranks) -> PreparedModel:
+    """Check all that needs no other rank.
+
+    Raises:
+        UserError: the model or the plan cannot be used, or they do not fit together.
+    """
+    device = torch.device(choose_device(options.device, ranks.local_rank))
+    resolved = resolve_model(options.model)
+    folder = checkpoint_folder(resolved)
+    is_local = Path(resolved).is_dir()
+    definition = define_model(folder, name=folder.resolve().name if is_local else options.model)
+    plan = _plan(options, definition, ranks)
+    plan.topology.domain_of_rank(options.engine.domain_size)
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = DTYPES[default if options.dtype == "auto" else options.dtype]
+    options.engine.kv_budget.pages(definition, dtype)
+    return PreparedModel(
+        folder=folder,
+        definition=definition,
+        plan=plan,
+        engine=options.engine,
+        tokenizer=load_tokenizer(str(folder)),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def load_engine(
+    prepared: PreparedModel,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    *,
+    recorder: DecodeRecorder | None = None,
+) -> Engine:
+    """Read this rank's weights and make its engine.
+
+    Args:
+        prepared: the model and the plan.
+        checkpoint: where to read the weights.
+        ranks: this rank.
+        recorder: takes down the routing of decode steps.
+    """
+    weights = load_weights(
+        checkpoint,
+        prepared.definition,
+        [layer[ranks.rank] for layer in prepared.plan.slots],
+        dtype=prepared.dtype,
+        device=prepared.device,
+    )
+    return Engine(
+        Decoder(prepared.definition, weights),
+        prepared.plan,
+        ranks,
+        options=prepared.engine,
+        recorder=recorder,
+        tokenizer=prepared.tokenizer,
+    )
+
+
+def _plan(options: ModelOptions, definition: DecoderDefinition, ranks: Ranks) -> PlacementPlan:
+    """The plan asked for, which fits the model and the ranks, or one with experts in order."""
+    if options.plan is None:
+        return _linear_plan(definition, ranks)
+    plan = options.plan
+    if not isinstance(plan, PlacementPlan):
+        plan = PlacementPlan.load(plan)
+    plan.check_for(
+        model=definition.name,
+        num_experts=definition.num_experts,
+        layer_ids=definition.moe_layer_ids,
+        num_ranks=ranks.num_ranks,
+    )
+    return plan
+
+
+def _linear_plan(definition: DecoderDefinition, ranks: Ranks) -> PlacementPlan:
+    """Experts in order, the same number on each rank as far as they go."""
+    rank_of_expert = np.arange(definition.num_experts) * ranks.num_ranks // definition.num_experts
+    layers = definition.moe_layer_ids
+    return PlacementPlan.from_rank_of_expert(
+        np.tile(rank_of_expert, (len(layers), 1)),
+        model=definition.name,
+        layer_ids=layers,
+        topology=Topology(
+            num_nodes=ranks.num_ranks // ranks.ranks_per_node, ranks_per_node=ranks.ranks_per_node
+        ),
+        strategy=Strategy(name="linear"),
+    )
