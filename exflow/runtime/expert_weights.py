@@ -92,7 +92,9 @@ def read_experts(reader: TensorReader, prefix: str, experts: Sequence[int]) -> E
         parts = gate_up.view(count, activation.num_inner, size, hidden)
         joined = parts.permute(3, 1, 0, 2).flatten(1)
         if gate_up_bias is not None:
-            joined_bias = gate_up_bias.view(count, -1, size).transpose(0, 1).flatten()
+            joined_bias = (
+                gate_up_bias.view(count, activation.num_inner, size).transpose(0, 1).flatten()
+            )
     return ExpertWeights(
         gate_up=gate_up.transpose(1, 2),
         down=down,

@@ -55,7 +55,8 @@ def _choose_restricted(
 
 def _is_in_best_groups(router: Router, wanted_TX: torch.Tensor) -> torch.Tensor:
     """Bool (T, X)."""
-    grouped = wanted_TX.view(len(wanted_TX), router.num_groups, -1)
+    num_tokens, num_experts = wanted_TX.shape
+    grouped = wanted_TX.view(num_tokens, router.num_groups, num_experts // router.num_groups)
     num_best = 2 if router.group_score == "best_two" else 1
     scores_TG = grouped.topk(num_best, dim=-1).values.sum(dim=-1)
     groups = scores_TG.topk(router.top_groups, dim=-1).indices
