@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from placement.strategies import PlacementOptions
     from placement.topology import Topology
     from placement.trace import RoutingTrace
+    from placement.traffic import Traffic
 
 TABLE = ("linear", "round_robin", "balanced", "exflow_milp")
 TABLE_SOLVER_SECONDS = 5.0
@@ -138,12 +139,8 @@ def _write_plan(
     rows = traffic.rows_per_token()["total"]
     fullest = max(len(experts) for ranks in plan.slots for experts in ranks)
     bound = lower_bound(trace, topology, slots_per_rank=fullest, **setting).summary(rows)
-    predicted = {
-        **setting,
-        "rows_per_token": traffic.rows_per_token(),
-        "imbalance": traffic.imbalance(),
-        **plan.predicted,
-    }
+    home = traffic if options.protocol == "home" else count_traffic(trace, plan, protocol="home")
+    predicted = {**setting, **_figures(traffic), "home": _figures(home), **plan.predicted}
     plan = replace(plan, predicted=predicted, bound=bound)
     plan.save(output)
     imbalance = traffic.imbalance()
@@ -153,6 +150,10 @@ def _write_plan(
         f"without a load cap goes below {bound['rows_per_token']:.2f} ({bound['method']} bound, "
         f"gap {100 * bound['gap']:.0f}%)"
     )
+
+
+def _figures(traffic: Traffic) -> dict[str, Any]:
+    return {"rows_per_token": traffic.rows_per_token(), "imbalance": traffic.imbalance()}
 
 
 def _show_table(

@@ -132,3 +132,13 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(folder, arguments, mess
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_placed_plan_is_verified_by_its_own_predictions(folder):
+    trace, placed = folder / "p.safetensors", folder / "placed.json"
+    config = folder / "config.json"
+    run("import", "--from", "sglang", folder / "r.jsonl", "--config", config, "-o", trace)
+    run("place", trace, "--no-compare", "-o", placed)
+    for protocol in ("home", "coherent"):
+        said = run("verify", placed, trace, "--protocol", protocol)
+        assert "rows/token total" in said.stdout

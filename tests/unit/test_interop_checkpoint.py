@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -108,6 +110,28 @@ def test_a_permuted_checkpoint_gives_the_same_logits(tmp_path, name):
 def files_differ(one, other):
     name = "model.safetensors"
     return (one / name).read_bytes() != (other / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tiny_mixtral(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixtral") / "model"
+    save_model(folder, "mixtral")
+    return folder
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**16), ranks=st.sampled_from([1, 2, 4, 8]))
+def test_a_checkpoint_permuted_by_any_plan_is_read_back_as_that_plan(
+    tiny_mixtral, tmp_path_factory, seed, ranks
+):
+    shape = ModelShape.from_config(tiny_mixtral)
+    plan = make_plan(shape, ranks=ranks, seed=seed)
+    folder = tmp_path_factory.mktemp("permuted") / "model"
+    checkpoint.export(plan, shape, tiny_mixtral, folder)
+    read = checkpoint.read_plan(folder, ranks)
+    again = read.to_plan(plan.topology, model="tiny", source="")
+    assert np.array_equal(again.hosts(), plan.hosts())
+    assert again.layer_ids == plan.layer_ids
 
 
 def test_the_expert_at_each_position_is_the_one_in_the_plans_slot(tmp_path):

@@ -88,6 +88,15 @@ def test_the_papers_csv_carries_plans_without_replicas_both_ways(plan):
     assert np.array_equal(read.to_plan(plan.topology, model="toy", source="").hosts(), plan.hosts())
 
 
+@settings(max_examples=40)
+@given(plan=plans(replicas=False), layers=st.integers(1, 3))
+def test_the_rank_list_of_vllm_34811_carries_any_map_of_all_layers_both_ways(plan, layers):
+    plan = make_plan([plan.slots[0]] * layers, num_experts=plan.num_experts)
+    target, shape = find_target("vllm-34811"), shape_of(plan)
+    read = target.parse(export_text(plan, target, shape), shape, plan.num_ranks)
+    assert np.array_equal(read.to_plan(plan.topology, model="toy", source="").hosts(), plan.hosts())
+
+
 def test_the_rank_list_of_vllm_34811_carries_a_plan_that_is_the_same_in_all_layers():
     plan = make_plan([[[0, 2], [1, 3]], [[2, 0], [3, 1]]])
     target, shape = find_target("vllm-34811"), shape_of(plan)
