@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from exflow.models.checkpoint import Checkpoint
 from exflow.runtime.engine import EngineOptions
@@ -54,6 +54,7 @@ class LLM:
         plan: str | Path | PlacementPlan | None = None,
         protocol: Protocol = "coherent",
         coherence_domain: int | None = None,
+        dispatch: Literal["auto", "flat", "hierarchical"] = "auto",
         dtype: str = "auto",
         device: str = "auto",
         batch_size: int = 16,
@@ -68,6 +69,7 @@ class LLM:
             plan: a placement plan or its file; without one, experts lie in order.
             protocol: "coherent": tokens stay where their experts are; "home": they return.
             coherence_domain: ranks that share keys and values; None for all.
+            dispatch: "flat", "hierarchical" (rows cross to a node once), or "auto".
             dtype: "auto", "float32", "bfloat16" or "float16".
             device: "auto", "cpu", "cuda" or "cuda:N".
             batch_size: requests in flight, over all ranks.
@@ -81,6 +83,7 @@ class LLM:
         engine = EngineOptions(
             protocol=protocol,
             coherence_domain=coherence_domain,
+            dispatch=dispatch,
             batch_size=batch_size,
             kv_budget=_budget(kv_cache_tokens, kv_memory),
             prefill_chunk=prefill_chunk,

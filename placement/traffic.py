@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from placement.plan import PlacementPlan
     from placement.trace import RoutingTrace
 
+Dispatch = Literal["flat", "hierarchical"]
+DISPATCHES: tuple[Dispatch, ...] = ("flat", "hierarchical")
 Array: TypeAlias = Any  # a NumPy array or a torch tensor
 Protocol = Literal["home", "coherent"]
 PROTOCOLS: tuple[Protocol, ...] = ("home", "coherent")
@@ -116,6 +118,37 @@ def next_owner(
     return (in_domain * (preference * num_ranks + (num_ranks - 1 - ranks) + 1)).argmax(axis=1)
 
 
+def relays(runs: Array, end: Array, node_of_rank: Array) -> Array:
+    """Which rank a row between `end` and each rank passes, where dispatch is hierarchical.
+
+    On another node than `end`'s it is the one rank there that talks with `end` for the token: of
+    those that run its experts the first from `end`'s place in its node upwards, modulo the ranks
+    of a node, which spreads the work. On `end`'s own node it is the rank itself. So a token
+    crosses to a node once, by a rank that needs it anyway, and there are as many rows as in flat
+    dispatch.
+
+    Args:
+        runs: bool (T, W), whether a rank runs any of the token's experts.
+        end: int64 (T,) the owner, or for partial sums the next owner.
+        node_of_rank: int64 (W,).
+
+    Returns:
+        int64 (T, W); it means something where `runs` is true.
+
+    >>> runs = np.array([[False, True, True, True]])
+    >>> relays(runs, np.array([1]), np.array([0, 0, 1, 1])).tolist()[0][1:]
+    [1, 3, 3]
+    """
+    num_ranks = node_of_rank.shape[0]
+    ranks = _range_like(end, num_ranks)
+    per_node = int((node_of_rank == node_of_rank[0]).sum())
+    turn = per_node - (ranks - end[:, None]) % per_node
+    shape = (end.shape[0], num_ranks // per_node, per_node)
+    first = (runs * turn).reshape(shape).argmax(axis=2)[:, node_of_rank]
+    is_near = (node_of_rank[end][:, None] == node_of_rank) * 1
+    return is_near * ranks + (1 - is_near) * (node_of_rank * per_node + first)
+
+
 def _range_like(array: Array, stop: int) -> Array:
     if isinstance(array, np.ndarray):
         return np.arange(stop)
@@ -182,6 +215,7 @@ def count_traffic(
     protocol: Protocol = "coherent",
     coherence_domain: int | None = None,
     first_owner: NDArray[Any] | None = None,
+    dispatch: Dispatch = "flat",
 ) -> Traffic:
     """Count the rows that `plan` sends for the routing in `trace`.
 
@@ -191,13 +225,16 @@ def count_traffic(
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None means all. Ignored under `home`.
         first_owner: (tokens,) owner at the first layer; default `sequence_id % num_ranks`.
+        dispatch: "flat", or "hierarchical": rows cross to a node once and are fanned out there,
+            partial sums are added on their node first (`relays`). It changes which links rows
+            take, not how many there are.
 
     Raises:
         TrafficError: if trace and plan differ in layers or experts, or the protocol is unknown.
     """
     _check(trace, plan, protocol)
     size = 1 if protocol == "home" else coherence_domain
-    walk = _Walk(plan, plan.topology.domain_of_rank(size))
+    walk = _Walk(plan, plan.topology.domain_of_rank(size), dispatch)
     owner = trace.sequence_ids % plan.num_ranks if first_owner is None else first_owner
     step = max(1, CHUNK_CELLS // (plan.num_ranks * (trace.top_k + 4)))
     for start in range(0, trace.num_tokens, step):
@@ -263,12 +300,15 @@ def walk_layers(
 class _Walk:
     """Counts gathered while chunks of tokens walk through the layers."""
 
-    def __init__(self, plan: PlacementPlan, domain_of_rank: NDArray[np.int64]) -> None:
+    def __init__(
+        self, plan: PlacementPlan, domain_of_rank: NDArray[np.int64], dispatch: Dispatch
+    ) -> None:
         layers, width = plan.num_layers, plan.num_ranks
         self.hosts = plan.hosts().astype(np.int64)
         self.outlook = plan.outlook_table()
         self.node_of_rank = plan.topology.node_of_rank
         self.domain_of_rank = domain_of_rank
+        self.is_hierarchical = dispatch == "hierarchical"
         self.dispatch = np.zeros((layers, width, width), dtype=np.int64)
         self.combine = np.zeros((layers, width, width), dtype=np.int64)
         self.load = np.zeros((layers, width), dtype=np.int64)
@@ -307,9 +347,11 @@ class _Walk:
         remote = runs.copy()
         remote[np.arange(len(end)), end] = False
         token, rank = np.nonzero(remote)
-        matrix += np.bincount(end[token] * width + rank, minlength=width * width).reshape(
-            width, width
-        )
+        peer = end[token]
+        if self.is_hierarchical:
+            relay = relays(runs, end, self.node_of_rank)[token, rank]
+            peer = np.where(relay == rank, peer, relay)
+        matrix += np.bincount(peer * width + rank, minlength=width * width).reshape(width, width)
         crosses = self.node_of_rank[end][:, None] != self.node_of_rank
         between = remote & crosses
         self.inter_node += int(between.sum())

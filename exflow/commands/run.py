@@ -22,6 +22,10 @@ def run(
     coherence_domain: Annotated[
         int | None, typer.Option(help="Ranks that share keys and values; default all.")
     ] = None,
+    dispatch: Annotated[
+        str,
+        typer.Option(help="flat; hierarchical: rows cross to a node once; auto: by the hosts."),
+    ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after which a request ends.")] = 64,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end token.")
@@ -64,6 +68,7 @@ def run(
     engine = EngineOptions(
         protocol=protocol,  # type: ignore[arg-type]  # it checks itself
         coherence_domain=coherence_domain,
+        dispatch=dispatch,  # type: ignore[arg-type]
         batch_size=batch_size,
         kv_budget=KvBudget() if kv_memory is None else KvBudget.parse(kv_memory),
         prefill_chunk=prefill_chunk,

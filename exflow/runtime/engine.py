@@ -7,7 +7,7 @@ flight makes one token (decode).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,6 +17,10 @@ from exflow.runtime.dispatcher import (
     Dispatcher,
     HomeDispatcher,
     LocalDispatcher,
+)
+from exflow.runtime.hierarchical import (
+    HierarchicalCoherentDispatcher,
+    HierarchicalHomeDispatcher,
 )
 from exflow.runtime.kv_budget import KvBudget
 from exflow.runtime.kv_cache import KvCache
@@ -29,7 +33,7 @@ from exflow.runtime.steps import Steps
 from exflow.runtime.tables import PlacementTables
 from exflow.runtime.wire import Wire
 from placement.errors import UserError
-from placement.traffic import PROTOCOLS
+from placement.traffic import DISPATCHES, PROTOCOLS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
     from exflow.runtime.requests import Completion, Request, SamplingParams
     from exflow.runtime.text import Detokenizer
     from placement.plan import PlacementPlan
-    from placement.traffic import Protocol
+    from placement.traffic import Dispatch, Protocol
 
 
 class EngineError(UserError):
@@ -55,6 +59,8 @@ class EngineOptions:
     Attributes:
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None for all. Ignored under `home`.
+        dispatch: "flat"; "hierarchical": rows cross to a node once; "auto": hierarchical if the
+            job runs on several hosts and the plan has several ranks a node.
         batch_size: requests in flight, over all ranks.
         kv_budget: memory for keys and values on each rank; without limits, what the longest
             `batch_size` requests need.
@@ -63,6 +69,7 @@ class EngineOptions:
 
     protocol: Protocol = "coherent"
     coherence_domain: int | None = None
+    dispatch: Literal["auto", "flat", "hierarchical"] = "auto"
     batch_size: int = 16
     kv_budget: KvBudget = field(default_factory=KvBudget)
     prefill_chunk: int | None = 2048
@@ -73,9 +80,25 @@ class EngineOptions:
             if count is not None and count < 1:
                 msg = f"--{name} must be at least 1, got {count}"
                 raise EngineError(msg)
-        if self.protocol not in PROTOCOLS:
-            msg = f"--protocol must be one of {', '.join(PROTOCOLS)}; got {self.protocol!r}"
-            raise EngineError(msg)
+        known = {"protocol": PROTOCOLS, "dispatch": ("auto", *DISPATCHES)}
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                msg = f"--{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
+                raise EngineError(msg)
+
+    def dispatch_for(self, plan: PlacementPlan, ranks: Ranks, *, top_k: int) -> Dispatch:
+        """Flat or hierarchical, for a plan on these ranks.
+
+        Hierarchical dispatch costs two more messages a layer, inside nodes, and saves rows
+        between them; so it is for links that differ. With one expert a token, one node, or one
+        rank a node there is nothing to fan out, and both are the same.
+        """
+        topology = plan.topology
+        if top_k == 1 or topology.num_nodes == 1 or topology.ranks_per_node == 1:
+            return "flat"
+        if self.dispatch == "auto":
+            return "hierarchical" if ranks.num_ranks > ranks.ranks_per_node else "flat"
+        return self.dispatch
 
     @property
     def domain_size(self) -> int | None:
@@ -128,11 +151,17 @@ class Engine:
             coherence_domain=options.domain_size,
             device=embedding.device,
         )
-        wire = Wire(ranks, embedding.device, self.metrics["prefill"])
+        dispatch = options.dispatch_for(plan, ranks, top_k=decoder.definition.top_k)
+        wire = Wire(
+            ranks,
+            embedding.device,
+            self.metrics["prefill"],
+            num_nodes=plan.topology.num_nodes if dispatch == "hierarchical" else 1,
+        )
         self._steps = Steps(
             decoder=decoder,
             rotary=Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device),
-            dispatchers=_make_dispatchers(tables, wire, decoder, options),
+            dispatchers=_make_dispatchers(tables, wire, decoder, options.protocol, dispatch),
             wire=wire if ranks.num_ranks > 1 else None,
             metrics=self.metrics,
             recorder=recorder,
@@ -227,7 +256,11 @@ class Engine:
 
 
 def _make_dispatchers(
-    tables: PlacementTables, wire: Wire, decoder: Decoder, options: EngineOptions
+    tables: PlacementTables,
+    wire: Wire,
+    decoder: Decoder,
+    protocol: Protocol,
+    dispatch: Dispatch,
 ) -> dict[Phase, Dispatcher]:
     """Prompts are read at home; decode follows the protocol."""
     if tables.num_ranks == 1:
@@ -243,13 +276,15 @@ def _make_dispatchers(
             has_owner=has_owner,
         )
 
-    home = HomeDispatcher(tables=tables, format=row_format(has_owner=False), wire=wire)
-    if options.protocol == "home":
+    is_flat = dispatch == "flat"
+    home_type = HomeDispatcher if is_flat else HierarchicalHomeDispatcher
+    home = home_type(tables=tables, format=row_format(has_owner=False), wire=wire)
+    if protocol == "home":
         return {"prefill": home, "decode": home}
-    coherent = CoherentDispatcher(
-        tables=tables,
-        format=row_format(has_owner=True),
-        wire=wire,
-        num_domains=int(tables.domain_of_rank.max()) + 1,
-    )
+    owned = row_format(has_owner=True)
+    if not is_flat:
+        moving = HierarchicalCoherentDispatcher(tables=tables, format=owned, wire=wire)
+        return {"prefill": home, "decode": moving}
+    num_domains = int(tables.domain_of_rank.max()) + 1
+    coherent = CoherentDispatcher(tables=tables, format=owned, wire=wire, num_domains=num_domains)
     return {"prefill": home, "decode": coherent}

@@ -5,7 +5,7 @@ What every rank can check by itself is checked in `prepare_model`, before the ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +103,12 @@ def prepare_model(options: ModelOptions, ranks: Ranks) -> PreparedModel:
     default = "float32" if device.type == "cpu" else "bfloat16"
     dtype = DTYPES[default if options.dtype == "auto" else options.dtype]
     options.engine.kv_budget.pages(definition, dtype)
+    dispatch = options.engine.dispatch_for(plan, ranks, top_k=definition.top_k)
     return PreparedModel(
         folder=folder,
         definition=definition,
         plan=plan,
-        engine=options.engine,
+        engine=replace(options.engine, dispatch=dispatch),
         tokenizer=load_tokenizer(str(folder)),
         device=device,
         dtype=dtype,

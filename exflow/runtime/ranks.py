@@ -21,6 +21,30 @@ class RankFailureError(UserError):
     """Another rank cannot go on, so none does."""
 
 
+class ContactLostError(UserError):
+    """A collective failed: a rank is gone, or does not answer."""
+
+
+def all_to_all(
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    receive_sizes: list[int] | None = None,
+    send_sizes: list[int] | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """`torch.distributed.all_to_all_single`.
+
+    Raises:
+        ContactLostError: another rank has died, or has not answered in time.
+    """
+    try:
+        dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group)
+    except RuntimeError as error:
+        msg = f"lost contact with another rank: {error}"
+        raise ContactLostError(msg) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process's place in the job.
@@ -81,6 +105,16 @@ class Ranks:
         finally:
             dist.destroy_process_group()
 
+    def node_group(self, num_nodes: int) -> dist.ProcessGroup:
+        """The ranks of this rank's node, of `num_nodes` alike; every rank must ask."""
+        size = self.num_ranks // num_nodes
+        groups = [
+            dist.new_group(list(range(first, first + size)))
+            for first in range(0, self.num_ranks, size)
+        ]
+        mine: dist.ProcessGroup = groups[self.rank // size]
+        return mine
+
     def gather(self, value: Any, device: torch.device) -> list[Any]:
         """The value of every rank, by rank, on every rank. Values are what JSON can hold."""
         if self.num_ranks == 1:
@@ -95,11 +129,11 @@ class Ranks:
             return [array]
         length = torch.tensor([len(array)] * self.num_ranks, device=device)
         lengths = torch.empty_like(length)
-        dist.all_to_all_single(lengths, length)
+        all_to_all(lengths, length)
         sizes = lengths.tolist()
         sent = array.to(device).repeat(self.num_ranks)
         received = torch.empty(sum(sizes), dtype=array.dtype, device=device)
-        dist.all_to_all_single(received, sent, sizes, [len(array)] * self.num_ranks)
+        all_to_all(received, sent, sizes, [len(array)] * self.num_ranks)
         return list(torch.split(received.cpu(), sizes))
 
     @contextlib.contextmanager

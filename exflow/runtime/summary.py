@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from exflow.runtime.ranks import Ranks
     from exflow.runtime.requests import Completion
     from placement.trace import RoutingTrace
+    from placement.traffic import Dispatch
 
 FORMAT = "exflow.metrics/1"
 
@@ -72,6 +73,7 @@ def summarize(
         "strategy": prepared.plan.strategy.name,
         "protocol": prepared.engine.protocol,
         "coherence_domain": prepared.engine.domain_size or ranks.num_ranks,
+        "dispatch": _dispatch(prepared),
         "world_size": ranks.num_ranks,
         "batch_size": prepared.engine.batch_size,
         "dtype": str(prepared.dtype).removeprefix("torch."),
@@ -94,6 +96,10 @@ def summarize(
     }
 
 
+def _dispatch(prepared: PreparedModel) -> Dispatch:
+    return "hierarchical" if prepared.engine.dispatch == "hierarchical" else "flat"
+
+
 def _rows_per_token(phase: dict[str, Any]) -> dict[str, float]:
     """Rows per token that started in this phase, summed over layers."""
     rows = {kind: int(np.sum(phase["rows"][kind])) for kind in ROW_KINDS}
@@ -112,6 +118,7 @@ def _predict(prepared: PreparedModel, trace: RoutingTrace | None) -> dict[str, A
         plan,
         protocol=prepared.engine.protocol,
         coherence_domain=prepared.engine.coherence_domain,
+        dispatch=_dispatch(prepared),
     )
     return {
         "dispatch": traffic.dispatch.tolist(),

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
+
+from exflow.runtime.ranks import all_to_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +25,14 @@ class Wire:
         metrics: where rows, bytes and messages are counted; changed from phase to phase.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, metrics: PhaseMetrics) -> None:
+    def __init__(
+        self, ranks: Ranks, device: torch.device, metrics: PhaseMetrics, *, num_nodes: int = 1
+    ) -> None:
+        """The wire of one rank; with `num_nodes` above one, all ranks must make theirs."""
         self.rank = ranks.rank
+        self.ranks_per_node = ranks.num_ranks // num_nodes
+        self.first_of_node = self.rank - self.rank % self.ranks_per_node
+        self.node_group = ranks.node_group(num_nodes) if num_nodes > 1 else None
         self.num_ranks = ranks.num_ranks
         self.device = device
         self.metrics = metrics
@@ -39,6 +46,7 @@ class Wire:
         kind: RowKind,
         layer: int,
         payload_bytes: int,
+        in_node: bool = False,
     ) -> torch.Tensor:
         """Send rows, sorted by destination, and get those of all sources, sorted by source.
 
@@ -49,26 +57,31 @@ class Wire:
             kind: what they are counted as.
             layer: index among the MoE layers.
             payload_bytes: bytes of a row that are hidden state; the rest is metadata.
+            in_node: only with the ranks of this node; the counts are theirs.
         """
+        first = self.first_of_node if in_node else 0
+        group = self.node_group if in_node else None
         width = rows_NB.shape[1]
         received = rows_NB.new_empty((sum(receive_counts), width))
-        dist.all_to_all_single(received, rows_NB, list(receive_counts), list(send_counts))
+        all_to_all(received, rows_NB, list(receive_counts), list(send_counts), group=group)
         metrics = self.metrics
+        kept = send_counts[self.rank - first]
         row_counts = metrics.rows[kind][layer]
-        row_counts += send_counts
-        row_counts[self.rank] -= send_counts[self.rank]
-        remote = sum(send_counts) - send_counts[self.rank]
+        row_counts[first : first + len(send_counts)] += send_counts
+        row_counts[self.rank] -= kept
+        remote = sum(send_counts) - kept
         metrics.messages[kind] += 1
         metrics.num_bytes["payload"] += remote * payload_bytes
         metrics.num_bytes["metadata"] += remote * (width - payload_bytes)
         return received
 
     def exchange_counts(self, counts: Sequence[int]) -> list[int]:
-        """One number to each rank, one from each."""
+        """As many numbers to each rank, as many from each."""
         sent = torch.tensor(counts, dtype=torch.int32, device=self.device)
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
-        self._count("counts", (self.num_ranks - 1) * sent.element_size())
+        all_to_all(received, sent)
+        width = len(counts) // self.num_ranks
+        self._count("counts", (self.num_ranks - 1) * width * sent.element_size())
         received_counts: list[int] = received.tolist()
         return received_counts
 
@@ -76,17 +89,23 @@ class Wire:
         """The numbers of every rank, by rank. An all-to-all of copies: gloo's gather is slower."""
         sent = torch.tensor(counts, dtype=torch.int32, device=self.device).repeat(self.num_ranks)
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
+        all_to_all(received, sent)
         self._count("counts", (self.num_ranks - 1) * len(counts) * sent.element_size())
         shared: list[list[int]] = received.view(self.num_ranks, len(counts)).tolist()
         return shared
 
     def exchange_bytes(
-        self, content: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
+        self,
+        content: torch.Tensor,
+        send_sizes: Sequence[int],
+        receive_sizes: Sequence[int],
+        *,
+        in_node: bool = False,
     ) -> torch.Tensor:
         """Bytes of any meaning, sorted by destination; the caller counts them by kind."""
         received = content.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(received, content, list(receive_sizes), list(send_sizes))
+        group = self.node_group if in_node else None
+        all_to_all(received, content, list(receive_sizes), list(send_sizes), group=group)
         self.metrics.messages["share"] += 1
         return received
 

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from placement.plan import PlacementPlan, Strategy
 from placement.topology import Topology
 from placement.trace import RoutingTrace
-from placement.traffic import TrafficError, choose_ranks, count_traffic, crossing_rate, next_owner
+from placement.traffic import (
+    TrafficError,
+    choose_ranks,
+    count_traffic,
+    crossing_rate,
+    next_owner,
+    relays,
+)
 
 
 def make_trace(expert_ids, num_experts, sequence_ids=None):
@@ -228,3 +235,41 @@ def test_a_trace_of_another_model_is_refused():
         count_traffic(trace, make_plan(linear_hosts(1, 8, 2)))
     with pytest.raises(TrafficError, match="unknown protocol 'away'"):
         count_traffic(trace, make_plan(linear_hosts(1, 4, 2)), protocol="away")
+
+
+def test_relays_are_the_first_from_the_owner_s_place_upwards():
+    """One by one, on three nodes of four ranks."""
+    rng = np.random.default_rng(0)
+    runs = rng.random((200, 12)) < 0.3
+    end = rng.integers(12, size=200)
+    found = relays(runs, end, np.arange(12) // 4)
+    for token, rank in zip(*np.nonzero(runs), strict=True):
+        node, place = rank // 4, end[token] % 4
+        order = [4 * node + (place + step) % 4 for step in range(4)]
+        first = next(other for other in order if runs[token, other])
+        assert found[token, rank] == (rank if node == end[token] // 4 else first)
+
+
+def test_hierarchical_dispatch_changes_links_and_not_the_number_of_rows():
+    """Experts on ranks 2 and 3, the owner is 0: one row crosses, one goes from 2 to 3."""
+    trace = RoutingTrace(
+        expert_ids=np.array([[[2, 3]]], dtype=np.int16),
+        sequence_ids=np.zeros(1, dtype=np.int32),
+        num_experts=4,
+        model="m",
+        layer_ids=(0,),
+    )
+    plan = PlacementPlan(
+        model="m",
+        num_experts=4,
+        layer_ids=(0,),
+        topology=Topology(num_nodes=2, ranks_per_node=2),
+        strategy=Strategy(name="test"),
+        slots=(((0,), (1,), (2,), (3,)),),
+    )
+    flat = count_traffic(trace, plan, protocol="home")
+    assert list(zip(*np.nonzero(flat.dispatch[0]), strict=True)) == [(0, 2), (0, 3)]
+    deep = count_traffic(trace, plan, protocol="home", dispatch="hierarchical")
+    assert list(zip(*np.nonzero(deep.dispatch[0]), strict=True)) == [(0, 2), (2, 3)]
+    assert list(zip(*np.nonzero(deep.combine[0]), strict=True)) == [(2, 0), (3, 2)]
+    assert deep.rows_per_token() == flat.rows_per_token()

@@ -1,0 +1,73 @@
+"""Hierarchical dispatch on four ranks as two nodes: fewer rows cross, the tokens are the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from decoding import (
+    NEW_TOKENS,
+    PROMPTS,
+    Model,
+    check_logits,
+    check_traffic,
+    decode_all,
+    make_case,
+    make_plan,
+    protocols,
+)
+from exflow.models.families import define_model
+from harness import run_ranks
+from placement.traffic import count_traffic
+from tiny_checkpoints import decode_with_transformers, qwen3_moe
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = qwen3_moe(tmp_path_factory.mktemp("model") / "tiny", num_experts_per_tok=4)
+    reference = decode_with_transformers(folder, PROMPTS, NEW_TOKENS)
+    logits = [part.numpy() for part in reference.logits]
+    return Model(str(folder), define_model(folder), reference.tokens, logits)
+
+
+@pytest.mark.parametrize("kind", ["linear", "random", "copies"])
+def test_tokens_logits_and_every_link_s_rows_are_right(model, kind):
+    plan = make_plan(model.definition, 4, kind)
+    cases = [make_case(plan, *protocol) for protocol in protocols(4)]
+    cases = [
+        replace(case, options=replace(case.options, dispatch="hierarchical")) for case in cases
+    ]
+    by_rank = run_ranks(4, decode_all, model, cases, timeout=280)
+    node = plan.topology.node_of_rank
+    crosses = node[:, None] != node
+    saved = 0
+    for number, case in enumerate(cases):
+        results = [results[number] for results in by_rank]
+        assert all(result.tokens == model.tokens for result in results)
+        check_logits({k: row for result in results for k, row in result.logits.items()}, model)
+        traffic = check_traffic(results[0], case)
+        rows = results[0].decode["rows"]
+        crossed = sum(int(np.array(rows[way])[:, crosses].sum()) for way in rows)
+        assert crossed == traffic.inter_node_dedup
+        saved += traffic.inter_node - crossed
+        check_flat(results[0], case, traffic)
+    assert (saved > 0) == (kind != "copies")  # whose copies leave one rank a node to choose
+
+
+def check_flat(result, case, traffic):
+    """The same number of rows as in flat dispatch, and two more messages a layer."""
+    flat = count_traffic(
+        result.trace,
+        case.plan,
+        protocol=case.options.protocol,
+        coherence_domain=case.options.coherence_domain,
+    )
+    assert traffic.rows_per_token() == flat.rows_per_token()
+    assert traffic.dispatch.sum() == flat.dispatch.sum()
+    assert traffic.combine.sum() == flat.combine.sum()
+    layers = traffic.dispatch.shape[0] * result.decode["steps"]
+    messages = result.decode["messages"]
+    assert messages["counts"] == layers
+    assert messages["dispatch"] == messages["combine"] == 2 * layers
