@@ -71,19 +71,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Way:
-    """A kind of plan, and a protocol."""
+    """A kind of plan, a protocol, and how many prompt tokens are read at a time."""
 
     plan: str
     protocol: str = "home"
     domain: int | None = None
+    prefill_chunk: int | None = None
 
 
 WAYS = {
-    1: [Way("linear")],
+    1: [Way("linear"), Way("linear", prefill_chunk=4)],
     2: [
         Way("random"),
-        Way("random", "coherent", 2),
-        Way("replicas", "home"),
+        Way("random", "coherent", 2, prefill_chunk=4),
+        Way("replicas"),
         Way("uneven", "coherent", 2),
     ],
     4: [
@@ -153,7 +154,12 @@ def decode(model, way):
     weights = load_weights(
         Checkpoint(model.folder), definition, slots, dtype=torch.float32, device=CPU
     )
-    options = EngineOptions(protocol=way.protocol, coherence_domain=way.domain, batch_size=4)
+    options = EngineOptions(
+        protocol=way.protocol,
+        coherence_domain=way.domain,
+        batch_size=4,
+        prefill_chunk=way.prefill_chunk,
+    )
     recorder = DecodeRecorder(definition)
     engine = Engine(Decoder(definition, weights), plan, ranks, options=options, recorder=recorder)
     requests = [
