@@ -106,6 +106,9 @@ class DecodeAttention:
         self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._definition = definition
         self._cache = cache
+        attention = definition.attention
+        self._scale = attention.scale
+        self._query_shape = (attention.num_kv_heads, -1, attention.key_dim)
         slots_S = torch.arange(len(positions_S), device=positions_S.device)
         num_pages = longest // PAGE_SIZE + 1
         context = torch.arange(num_pages * PAGE_SIZE, device=positions_S.device)
@@ -150,19 +153,19 @@ class DecodeAttention:
     ) -> torch.Tensor:
         """Write, gather pages, and attend with a mask over what the token does not see."""
         self.rotation(slots_T)
-        cache, attention = self._cache, self._definition.attention
+        cache, definition = self._cache, self._definition
         num_tokens = slots_T.shape[0]
         addresses_T = self._addresses_LT[layer]
         cache.write(addresses_T, entries_TF)
         self.written.append((addresses_T, entries_TF))
-        keys, values = keys_and_values(cache.read(layer, self._pages_TP), attention)
+        keys, values = keys_and_values(cache.read(layer, self._pages_TP), definition.attention)
         found = attend(
-            query_THE.view(num_tokens, attention.num_kv_heads, -1, attention.key_dim),
+            query_THE.view(num_tokens, *self._query_shape),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            mask=self._masks_T11C[self._definition.windows[layer]],
-            scale=attention.scale,
-            sinks=None if sinks_H is None else sinks_H.view(attention.num_kv_heads, -1, 1),
+            mask=self._masks_T11C[definition.windows[layer]],
+            scale=self._scale,
+            sinks=None if sinks_H is None else sinks_H.view(self._query_shape[0], -1, 1),
         )
         return found.reshape(num_tokens, -1)
 

@@ -116,10 +116,11 @@ def run_dense(expert: ExpertWeights, hidden_TD: torch.Tensor) -> torch.Tensor:
 
 def activate(inner: torch.Tensor, activation: Activation) -> torch.Tensor:
     """What lies between an expert's two products; of `inner`, the gate's columns come first."""
-    if activation.num_inner == 1:
+    if activation.kind in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation.kind == "gelu_tanh" else "none"
         return functional.gelu(inner, approximate=approximate)
-    gate, up = inner.chunk(2, dim=-1)
+    width = inner.shape[1] // 2
+    gate, up = inner[:, :width], inner[:, width:]
     if activation.kind == "silu":
         return functional.silu(gate) * up
     gate = gate.clamp(max=activation.limit)

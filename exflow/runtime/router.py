@@ -20,7 +20,8 @@ def route(
     router: Router, weights: RouterWeights, normed_TD: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, K) the experts of each token, by falling gate weight; the weights in float32."""
-    logits_TX = linear(normed_TD.to(weights.weight.dtype), weights.weight, weights.bias)
+    rows_TD = normed_TD.float() if router.is_float32 else normed_TD
+    logits_TX = linear(rows_TD, weights.weight, weights.bias)
     scores_TX = _scores(router, logits_TX)
     if weights.correction is None and router.num_groups == 1:
         chosen_TK, expert_ids_TK = scores_TX.topk(top_k, dim=-1)
