@@ -22,7 +22,7 @@ from exflow.runtime.engine import EngineOptions
 from exflow.runtime.kv_budget import KvBudget
 from exflow.runtime.model import ModelOptions, load_engine, prepare_model
 from exflow.runtime.progress import with_progress
-from exflow.runtime.ranks import Ranks
+from exflow.runtime.ranks import DEFAULT_TIMEOUT, Ranks
 from exflow.runtime.requests import Completion, Request, SamplingParams
 from placement.errors import UserError
 
@@ -61,6 +61,7 @@ class LLM:
         kv_cache_tokens: int | None = None,
         kv_memory: str | int | None = None,
         prefill_chunk: int | None = 2048,
+        timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         """Load a rank's share of a model.
 
@@ -76,6 +77,7 @@ class LLM:
             kv_cache_tokens: tokens of context that a rank has memory for.
             kv_memory: the same in bytes: a number, or text like "2GiB".
             prefill_chunk: prompt tokens a rank reads between two decode steps; None for all.
+            timeout: seconds after which a rank that does not answer is given up.
 
         Raises:
             UserError: the model, the plan or the options cannot be used; on every rank.
@@ -89,15 +91,19 @@ class LLM:
             prefill_chunk=prefill_chunk,
         )
         path = Path(plan) if isinstance(plan, str) else plan
-        options = ModelOptions(model=model, plan=path, engine=engine, dtype=dtype, device=device)
+        options = ModelOptions(
+            model=model, plan=path, engine=engine, dtype=dtype, device=device, timeout=timeout
+        )
         self.ranks = Ranks.from_environment()
         self._prepared = prepare_model(options, self.ranks)
         self.tokenizer = self._prepared.tokenizer
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.ranks.connected(self._prepared.device))
-            with self.ranks.agreeing(self._prepared.device):
+            connection = self.ranks.connected(self._prepared.device, timeout=timeout)
+            self._liveness = stack.enter_context(connection)
+            with self._liveness.naming(), self.ranks.agreeing(self._prepared.device):
                 checkpoint = Checkpoint(self._prepared.folder)
                 self._engine = load_engine(self._prepared, checkpoint, self.ranks)
+            self._liveness.where = lambda: self._engine.step
             self._connection = stack.pop_all()
 
     def __enter__(self) -> LLM:
@@ -136,12 +142,23 @@ class LLM:
 
         Raises:
             LLMError: parameters do not match the prompts, or prompts differ between ranks.
+            RankFailureError: another rank died or hangs.
         """
         requests = self._requests([prompts] if isinstance(prompts, str) else prompts)
         requests = _with_params(requests, sampling_params)
+        with self._liveness.naming():
+            return self._complete(requests, on_token, is_shown=show_progress)
+
+    def _complete(
+        self,
+        requests: list[Request],
+        on_token: Callable[[NewToken], None] | None,
+        *,
+        is_shown: bool,
+    ) -> list[Completion]:
         self._check_same(requests)
         made = self._engine.generate(requests, on_token=on_token)
-        is_shown = show_progress and self.ranks.is_first
+        is_shown = is_shown and self.ranks.is_first
         found = {
             completion.request.index: completion
             for completion in with_progress(made, len(requests), is_shown=is_shown)

@@ -47,6 +47,9 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option(help="A string that ends a text; may be repeated.")
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds until a rank that died or hangs ends the run.")
+    ] = 600.0,
     metrics: Annotated[
         Path | None, typer.Option(help="Write rows, bytes, messages and seconds as JSON.")
     ] = None,
@@ -84,7 +87,9 @@ def run(
     )
     run_job(
         Job(
-            model=ModelOptions(model=model, plan=plan, engine=engine, dtype=dtype, device=device),
+            model=ModelOptions(
+                model=model, plan=plan, engine=engine, dtype=dtype, device=device, timeout=timeout
+            ),
             prompts=prompts,
             output=output,
             sampling=sampling,

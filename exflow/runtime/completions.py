@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from placement.errors import UserError
 
@@ -30,19 +31,20 @@ class CompletionFile:
         """Read what is there and open the file to append.
 
         A last line without its end was being written when the earlier run was killed: it is cut.
+        The file is locked, so that no two runs append the same requests.
 
         Raises:
             OutputError: it cannot be written, or has lines that are no completions.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab+") as file:
-                file.seek(0)
-                content = file.read()
-                whole = content[: content.rfind(b"\n") + 1]
-                file.truncate(len(whole))
+            self._file = path.open("ab+")
+            _lock(self._file, path)
+            self._file.seek(0)
+            content = self._file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            self._file.truncate(len(whole))
             self.finished = _ids(whole, path)
-            self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             msg = f"{path}: cannot be written: {error.strerror or error}"
             raise OutputError(msg) from error
@@ -71,9 +73,17 @@ class CompletionFile:
         }
         if completion.reason:
             line["reason"] = completion.reason
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        msg = f"{path}: another run is writing it; wait for it, or end it if it hangs"
+        raise OutputError(msg) from error
 
 
 def check_writable(path: Path) -> None:

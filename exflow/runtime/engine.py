@@ -112,6 +112,7 @@ class Engine:
     Attributes:
         metrics: counts of this rank by phase.
         scheduler: the requests under way, once there are some.
+        step: the forward pass under way, in words.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._is_first = ranks.is_first
         self.scheduler: Scheduler | None = None
+        self.step = "loading"
         self._embedding = embedding
         self.metrics: dict[Phase, PhaseMetrics] = {
             phase: PhaseMetrics(plan.num_layers, plan.num_ranks) for phase in PHASES
@@ -206,9 +208,11 @@ class Engine:
             yield from scheduler.join()[1]
             chunks = scheduler.next_chunks()
             if chunks:
+                self.step = f"prefill step {self.metrics['prefill'].steps + 1}"
                 yield from self._advance(self._steps.prefill(chunks, cache), on_token)
             decoding = scheduler.decoding
             if decoding:
+                self.step = f"decode step {self.metrics['decode'].steps + 1}"
                 yield from self._advance(self._steps.decode(decoding, cache), on_token)
 
     def _advance(

@@ -6,6 +6,7 @@ see (its shard of the weights, the files rank 0 writes) is agreed on before the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -58,13 +59,18 @@ def run_job(job: Job) -> None:
     ranks = Ranks.from_environment()
     prepared = prepare_model(job.model, ranks)
     prompts = read_prompts(job.prompts)
-    with ranks.connected(prepared.device):
+    with (
+        ranks.connected(prepared.device, timeout=job.model.timeout) as liveness,
+        liveness.naming(),
+        contextlib.ExitStack() as files,
+    ):
         clock = Clock()
         recorder = DecodeRecorder(prepared.definition) if job.metrics or job.trace else None
         with ranks.agreeing(prepared.device):
             checkpoint = Checkpoint(prepared.folder)
             engine = load_engine(prepared, checkpoint, ranks, recorder=recorder)
-            output = _open_output(job) if ranks.is_first else None
+            output = files.enter_context(_open_output(job)) if ranks.is_first else None
+        liveness.where = lambda: engine.step
         finished = ranks.gather(None if output is None else output.finished, prepared.device)[0]
         requests = _make_requests(prepared, prompts, job.sampling, set(finished))
         clock.lap("load")

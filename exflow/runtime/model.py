@@ -18,6 +18,7 @@ from exflow.models.families import define_model
 from exflow.profiling.checkpoint import choose_device, load_tokenizer
 from exflow.runtime.decoder import Decoder
 from exflow.runtime.engine import Engine, EngineOptions
+from exflow.runtime.ranks import DEFAULT_TIMEOUT
 from exflow.runtime.weights import load_weights
 from placement.errors import UserError
 from placement.plan import PlacementPlan, Strategy
@@ -50,6 +51,7 @@ class ModelOptions:
         engine: protocol, domain, batch size and memory.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        timeout: seconds after which a rank that does not answer is given up.
     """
 
     model: str
@@ -57,10 +59,14 @@ class ModelOptions:
     engine: EngineOptions = field(default_factory=EngineOptions)
     dtype: str = "auto"
     device: str = "auto"
+    timeout: float = DEFAULT_TIMEOUT
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             msg = f"--dtype must be one of auto, {', '.join(DTYPES)}; got {self.dtype!r}"
+            raise ModelError(msg)
+        if not self.timeout > 0:
+            msg = f"--timeout must be above 0 seconds, got {self.timeout}"
             raise ModelError(msg)
 
 

@@ -6,23 +6,23 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
+from exflow.runtime.errors import ContactLostError, RankFailureError
+from exflow.runtime.liveness import Liveness
 from placement.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class RankFailureError(UserError):
-    """Another rank cannot go on, so none does."""
-
-
-class ContactLostError(UserError):
-    """A collective failed: a rank is gone, or does not answer."""
+DEFAULT_TIMEOUT = 600.0
 
 
 def all_to_all(
@@ -89,21 +89,50 @@ class Ranks:
         return self.rank == 0
 
     @contextlib.contextmanager
-    def connected(self, device: torch.device) -> Iterator[None]:
+    def connected(
+        self, device: torch.device, *, timeout: float = DEFAULT_TIMEOUT
+    ) -> Iterator[Liveness]:
         """A process group for the duration: NCCL on GPUs, gloo on CPUs, none for one rank.
 
         A group that exists already is used and left alone.
+
+        Args:
+            device: where this rank computes.
+            timeout: seconds that a rank waits for another in a collective.
+
+        Raises:
+            RankFailureError: not all ranks came.
         """
         if self.num_ranks == 1 or dist.is_initialized():
-            yield
+            yield Liveness(None, rank=self.rank, num_ranks=self.num_ranks, timeout=timeout)
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store = self._meet(device, timedelta(seconds=timeout))
+        liveness = Liveness(store, rank=self.rank, num_ranks=self.num_ranks, timeout=timeout)
         try:
-            yield
+            with liveness.beating():
+                yield liveness
         finally:
-            dist.destroy_process_group()
+            if not liveness.is_broken:
+                dist.destroy_process_group()
+
+    def _meet(self, device: torch.device, timeout: timedelta) -> Store:
+        """The process group comes to be; a store of its own for beats."""
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=timeout))
+            beats = PrefixStore("exflow", store.clone())
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("group", store),
+                rank=self.rank,
+                world_size=self.num_ranks,
+                timeout=timeout,
+            )
+        except RuntimeError as error:
+            msg = f"not all {self.num_ranks} ranks came within {timeout}: {error}"
+            raise RankFailureError(msg) from error
+        return beats
 
     def node_group(self, num_nodes: int) -> dist.ProcessGroup:
         """The ranks of this rank's node, of `num_nodes` alike; every rank must ask."""
