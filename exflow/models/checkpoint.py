@@ -29,7 +29,11 @@ def checkpoint_folder(name_or_path: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+            snapshot_download(
+                name_or_path,
+                allow_patterns=["*.json", "*.safetensors", "*.txt"],
+                ignore_patterns=["*/*"],  # the same weights in other formats (gpt-oss, Mixtral)
+            )
         )
     except (OSError, ValueError) as error:
         msg = f"{name_or_path} is no local folder, and the hub does not give it: {error}"

@@ -93,7 +93,6 @@ WAYS = {
         Way("random", "coherent", 4),
         Way("replicas", "coherent", 2),
         Way("replicas", "coherent", 4),
-        Way("uneven"),
         Way("uneven", "coherent", 4),
     ],
 }
