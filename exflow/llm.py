@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from exflow.models.checkpoint import Checkpoint
 from exflow.runtime.engine import EngineOptions
 from exflow.runtime.kv_budget import KvBudget
-from exflow.runtime.model import ModelOptions, load_engine, prepare_model
+from exflow.runtime.model import ModelOptions, load_engine, prepare_model, routing_for
 from exflow.runtime.progress import with_progress
 from exflow.runtime.ranks import DEFAULT_TIMEOUT, Ranks
 from exflow.runtime.requests import Completion, Request, SamplingParams
@@ -52,7 +52,7 @@ class LLM:
         model: str,
         *,
         plan: str | Path | PlacementPlan | None = None,
-        protocol: Protocol = "coherent",
+        protocol: Protocol | Literal["auto"] = "coherent",
         coherence_domain: int | None = None,
         dispatch: Literal["auto", "flat", "hierarchical"] = "auto",
         dtype: str = "auto",
@@ -62,13 +62,15 @@ class LLM:
         kv_memory: str | int | None = None,
         prefill_chunk: int | None = 2048,
         timeout: float = DEFAULT_TIMEOUT,
+        routing: str | Path | None = None,
     ) -> None:
         """Load a rank's share of a model.
 
         Args:
             model: a bundled model's name, a folder or a hub id.
             plan: a placement plan or its file; without one, experts lie in order.
-            protocol: "coherent": tokens stay where their experts are; "home": they return.
+            protocol: "coherent": tokens stay where their experts are; "home": they return;
+                "auto": what costs least on `routing`.
             coherence_domain: ranks that share keys and values; None for all.
             dispatch: "flat", "hierarchical" (rows cross to a node once), or "auto".
             dtype: "auto", "float32", "bfloat16" or "float16".
@@ -78,12 +80,13 @@ class LLM:
             kv_memory: the same in bytes: a number, or text like "2GiB".
             prefill_chunk: prompt tokens a rank reads between two decode steps; None for all.
             timeout: seconds after which a rank that does not answer is given up.
+            routing: a trace of the model, for protocol "auto".
 
         Raises:
             UserError: the model, the plan or the options cannot be used; on every rank.
         """
         engine = EngineOptions(
-            protocol=protocol,
+            protocol="home" if protocol == "auto" else protocol,  # auto: chosen later
             coherence_domain=coherence_domain,
             dispatch=dispatch,
             batch_size=batch_size,
@@ -92,7 +95,13 @@ class LLM:
         )
         path = Path(plan) if isinstance(plan, str) else plan
         options = ModelOptions(
-            model=model, plan=path, engine=engine, dtype=dtype, device=device, timeout=timeout
+            model=model,
+            plan=path,
+            engine=engine,
+            dtype=dtype,
+            device=device,
+            timeout=timeout,
+            routing=routing_for(protocol, None if routing is None else Path(routing)),
         )
         self.ranks = Ranks.from_environment()
         self._prepared = prepare_model(options, self.ranks)

@@ -17,10 +17,19 @@ def run(
     ] = None,
     protocol: Annotated[
         str,
-        typer.Option(help="coherent: tokens stay where their experts are; home: they return."),
+        typer.Option(
+            help="coherent: tokens stay where their experts are; home: they return; "
+            "auto: what costs least on --routing."
+        ),
     ] = "coherent",
     coherence_domain: Annotated[
         int | None, typer.Option(help="Ranks that share keys and values; default all.")
+    ] = None,
+    routing: Annotated[
+        Path | None, typer.Option(help="A trace of this model; --protocol auto counts on it.")
+    ] = None,
+    links: Annotated[
+        Path | None, typer.Option(help="JSON of latencies and bandwidths for --protocol auto.")
     ] = None,
     dispatch: Annotated[
         str,
@@ -65,11 +74,12 @@ def run(
     from exflow.runtime.engine import EngineOptions
     from exflow.runtime.job import Job, run_job
     from exflow.runtime.kv_budget import KvBudget
-    from exflow.runtime.model import ModelOptions
+    from exflow.runtime.model import ModelOptions, routing_for
     from exflow.runtime.requests import SamplingParams
 
+    routing = routing_for(protocol, routing)
     engine = EngineOptions(
-        protocol=protocol,  # type: ignore[arg-type]  # it checks itself
+        protocol="home" if routing else protocol,  # type: ignore[arg-type]  # it checks itself
         coherence_domain=coherence_domain,
         dispatch=dispatch,  # type: ignore[arg-type]
         batch_size=batch_size,
@@ -88,7 +98,14 @@ def run(
     run_job(
         Job(
             model=ModelOptions(
-                model=model, plan=plan, engine=engine, dtype=dtype, device=device, timeout=timeout
+                model=model,
+                plan=plan,
+                engine=engine,
+                dtype=dtype,
+                device=device,
+                timeout=timeout,
+                routing=routing,
+                links=links,
             ),
             prompts=prompts,
             output=output,

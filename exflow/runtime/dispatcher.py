@@ -8,9 +8,11 @@
 between. A rank that runs several of a token's experts gets its row once. The numbers of rows are
 `placement.traffic.count_traffic`'s.
 
-Messages a MoE layer: the numbers of rows, the rows, and the partial sums; the last is not sent
-where every token has one expert and may be owned by any rank. Splits must be known before an
-all-to-all starts, and depend on the gate: hence the first.
+Messages a MoE layer: the numbers of rows, the rows, and the partial sums. Splits must be known
+before an all-to-all starts, and only the owner's gate knows them: hence the first. The last is not
+sent where every token has one expert and may be owned by any rank, and its splits need no message:
+a row says who runs the token's experts and who owns it next. `hierarchical.py` adds two messages
+inside nodes.
 
 Shape suffixes: T tokens owned, N rows received, M places in a buffer, K choices, D hidden size,
 W ranks, B bytes of a row.

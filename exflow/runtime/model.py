@@ -5,6 +5,7 @@ What every rank can check by itself is checked in `prepare_model`, before the ra
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,14 @@ from exflow.models.families import define_model
 from exflow.profiling.checkpoint import choose_device, load_tokenizer
 from exflow.runtime.decoder import Decoder
 from exflow.runtime.engine import Engine, EngineOptions
+from exflow.runtime.protocol_choice import rank_protocols
 from exflow.runtime.ranks import DEFAULT_TIMEOUT
 from exflow.runtime.weights import load_weights
 from placement.errors import UserError
 from placement.plan import PlacementPlan, Strategy
+from placement.timing import Links, Shape
 from placement.topology import Topology
+from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from exflow.models.checkpoint import Checkpoint
@@ -35,6 +39,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 class ModelError(UserError):
@@ -52,6 +59,8 @@ class ModelOptions:
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
         device: "auto", "cpu", "cuda" or "cuda:N".
         timeout: seconds after which a rank that does not answer is given up.
+        routing: a trace by which the protocol and its domain are chosen, instead of the engine's.
+        links: JSON with latencies and bandwidths for that choice.
     """
 
     model: str
@@ -60,6 +69,8 @@ class ModelOptions:
     dtype: str = "auto"
     device: str = "auto"
     timeout: float = DEFAULT_TIMEOUT
+    routing: Path | None = None
+    links: Path | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -93,6 +104,23 @@ class PreparedModel:
     dtype: torch.dtype
 
 
+def routing_for(protocol: str, routing: Path | None) -> Path | None:
+    """The trace by which to choose a protocol; None where the user chose one.
+
+    Raises:
+        ModelError: "auto" without a trace.
+    """
+    if protocol != "auto":
+        return None
+    if routing is None:
+        msg = (
+            "protocol auto needs a routing trace of the model, the one the plan was made from for "
+            "example: give --routing TRACE"
+        )
+        raise ModelError(msg)
+    return routing
+
+
 def prepare_model(options: ModelOptions, ranks: Ranks) -> PreparedModel:
     """Check all that needs no other rank.
 
@@ -105,16 +133,16 @@ def prepare_model(options: ModelOptions, ranks: Ranks) -> PreparedModel:
     is_local = Path(resolved).is_dir()
     definition = define_model(folder, name=folder.resolve().name if is_local else options.model)
     plan = _plan(options, definition, ranks)
-    plan.topology.domain_of_rank(options.engine.domain_size)
     default = "float32" if device.type == "cpu" else "bfloat16"
     dtype = DTYPES[default if options.dtype == "auto" else options.dtype]
-    options.engine.kv_budget.pages(definition, dtype)
-    dispatch = options.engine.dispatch_for(plan, ranks, top_k=definition.top_k)
+    engine = _engine_options(options, plan, definition, ranks, dtype)
+    plan.topology.domain_of_rank(engine.domain_size)
+    engine.kv_budget.pages(definition, dtype)
     return PreparedModel(
         folder=folder,
         definition=definition,
         plan=plan,
-        engine=replace(options.engine, dispatch=dispatch),
+        engine=engine,
         tokenizer=load_tokenizer(str(folder)),
         device=device,
         dtype=dtype,
@@ -151,6 +179,39 @@ def load_engine(
         recorder=recorder,
         tokenizer=prepared.tokenizer,
     )
+
+
+def _engine_options(
+    options: ModelOptions,
+    plan: PlacementPlan,
+    definition: DecoderDefinition,
+    ranks: Ranks,
+    dtype: torch.dtype,
+) -> EngineOptions:
+    """The user's options with nothing left to choose."""
+    engine = options.engine
+    dispatch = engine.dispatch_for(plan, ranks, top_k=definition.top_k)
+    engine = replace(engine, dispatch=dispatch)
+    if options.routing is None:
+        return engine
+    trace = RoutingTrace.load(options.routing)
+    choices = rank_protocols(
+        trace,
+        plan,
+        shape=Shape(
+            hidden_size=definition.hidden_size,
+            kv_elements=definition.kv_width,
+            element_bytes=dtype.itemsize,
+            tokens_per_rank=-(-engine.batch_size // ranks.num_ranks),
+        ),
+        links=Links() if options.links is None else Links.load(options.links),
+        dispatch=dispatch,
+    )
+    best = choices[0]
+    if ranks.is_first:
+        others = "; ".join(str(choice) for choice in choices[1:])
+        logger.info("protocol auto: %s. Rejected: %s", best, others or "nothing")
+    return replace(engine, protocol=best.protocol, coherence_domain=best.coherence_domain)
 
 
 def _plan(options: ModelOptions, definition: DecoderDefinition, ranks: Ranks) -> PlacementPlan:

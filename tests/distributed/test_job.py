@@ -11,9 +11,13 @@ from exflow.assets import BUNDLED_MODELS, resolve_model
 from exflow.runtime.engine import EngineOptions
 from exflow.runtime.job import Job, run_job
 from exflow.runtime.kv_budget import KvBudget
-from exflow.runtime.model import ModelOptions
+from exflow.runtime.model import ModelOptions, routing_for
+from exflow.runtime.protocol_choice import rank_protocols
 from exflow.runtime.requests import SamplingParams
 from harness import run_ranks
+from placement.plan import PlacementPlan, Strategy
+from placement.timing import Links, Shape
+from placement.topology import Topology
 from placement.trace import RoutingTrace
 from tiny_checkpoints import decode_with_transformers, qwen3_moe, save_byte_tokenizer
 
@@ -52,7 +56,7 @@ def job(model, tmp_path):
 
     def make_job(**changes):
         options = {"model": str(model)}
-        for name in ("model", "plan", "engine", "dtype"):
+        for name in ("model", "plan", "engine", "dtype", "routing", "links"):
             if name in changes:
                 options[name] = changes.pop(name)
         defaults = {
@@ -153,6 +157,53 @@ def test_every_mistake_is_reported_on_every_rank(job, model, tmp_path):
         for expected, found in zip(mistakes, outcome, strict=True):
             assert found is not None, f"rank {rank} did not notice: {expected}"
             assert expected in found[1]
+
+
+def test_auto_takes_the_cheapest_protocol_on_every_rank_and_never_changes_tokens(job, tmp_path):
+    """On slow links, and on fast ones with long latencies."""
+    first = job(output=tmp_path / "first.jsonl", trace=tmp_path / "trace.safetensors")
+    assert run_ranks(2, try_jobs, [first]) == [[None]] * 2
+    arms = {}
+    for name, latency, bandwidth in (("slow", 0, 1e3), ("flat", 1, 1e12)):
+        links = tmp_path / f"{name}.json"
+        links.write_text(json.dumps({"intra_latency": latency, "intra_bandwidth": bandwidth}))
+        arms[name] = job(
+            output=tmp_path / f"{name}.jsonl",
+            metrics=tmp_path / f"{name}.metrics",
+            routing=first.trace,
+            links=links,
+        )
+    assert run_ranks(2, try_jobs, list(arms.values())) == [[None, None]] * 2
+    for arm in arms.values():
+        assert {json.dumps(line) for line in read(arm.output)} == {
+            json.dumps(line) for line in read(first.output)
+        }
+        metrics = json.loads(arm.metrics.read_text())
+        assert metrics["measured_equals_predicted"] is True
+        trace, plan = RoutingTrace.load(first.trace), linear_plan()
+        shape = Shape(hidden_size=64, kv_elements=64, element_bytes=4, tokens_per_rank=8)
+        best = rank_protocols(
+            trace, plan, shape=shape, links=Links.load(arm.model.links), dispatch="flat"
+        )[0]
+        assert (metrics["protocol"], metrics["coherence_domain"]) == (
+            best.protocol,
+            best.coherence_domain,
+        )
+
+
+def linear_plan():
+    topology = Topology(num_nodes=1, ranks_per_node=2)
+    slots = tuple(tuple(tuple(ranks) for ranks in layer) for layer in PLAN["slots"])
+    return PlacementPlan(
+        model="tiny", num_experts=8, layer_ids=(0, 1), topology=topology,
+        strategy=Strategy(name="linear"), slots=slots,
+    )  # fmt: skip
+
+
+def test_auto_needs_a_trace():
+    with pytest.raises(ValueError, match="give --routing TRACE"):
+        routing_for("auto", None)
+    assert routing_for("home", None) is None
 
 
 def test_a_shard_that_only_one_rank_reads_and_cannot(job, model, tmp_path):

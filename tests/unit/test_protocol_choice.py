@@ -1,0 +1,63 @@
+"""`--protocol auto`: few keys and values favour coherence, many favour `home`."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from exflow.runtime.protocol_choice import rank_protocols
+from placement.plan import PlacementPlan, Strategy
+from placement.timing import Links, Shape
+from placement.topology import Topology
+from placement.trace import RoutingTrace
+
+LINKS = Links(intra_latency=0, inter_latency=0)
+
+
+@pytest.fixture
+def trace():
+    """Tokens stay among experts of one rank."""
+    rng = np.random.default_rng(0)
+    rank = rng.integers(4, size=(200, 1, 1))
+    experts = rank * 4 + np.argsort(rng.random((200, 6, 4)), axis=2)[:, :, :2]
+    return RoutingTrace(
+        expert_ids=experts.astype(np.int16),
+        sequence_ids=rng.integers(8, size=200).astype(np.int32),
+        num_experts=16,
+        model="m",
+        layer_ids=tuple(range(6)),
+    )
+
+
+@pytest.fixture
+def plan():
+    return PlacementPlan.from_rank_of_expert(
+        np.tile(np.arange(16) // 4, (6, 1)),
+        model="m",
+        layer_ids=tuple(range(6)),
+        topology=Topology(num_nodes=2, ranks_per_node=2),
+        strategy=Strategy(name="linear"),
+    )
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "hierarchical"])
+def test_the_choice_follows_the_weight_of_keys_and_values(trace, plan, dispatch):
+    def best(kv_elements):
+        shape = Shape(hidden_size=1024, kv_elements=kv_elements)
+        return rank_protocols(trace, plan, shape=shape, links=LINKS, dispatch=dispatch)
+
+    light, heavy = best(1), best(1 << 20)
+    assert (light[0].protocol, light[0].coherence_domain) == ("coherent", 4)
+    assert (heavy[0].protocol, heavy[0].coherence_domain) == ("home", 1)
+    assert [c.coherence_domain for c in heavy] == [1, 2, 4]
+    assert "keys and values 0" in str(heavy[0])
+
+
+def test_two_more_messages_a_layer_are_counted_against_hierarchical_dispatch(trace, plan):
+    links = dataclasses.replace(LINKS, intra_latency=1e-3, intra_bandwidth=1e15)
+    shape = Shape(hidden_size=1, kv_elements=1)
+    flat, deep = (
+        rank_protocols(trace, plan, shape=shape, links=links, dispatch=dispatch)[0]
+        for dispatch in ("flat", "hierarchical")
+    )
+    assert deep.layers_us - flat.layers_us == pytest.approx(6 * 2 * 1000, rel=1e-3)
