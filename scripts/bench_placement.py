@@ -32,7 +32,7 @@ BASELINES = ("linear", "round_robin", "random", "balanced", "metis", "moetuner",
 MACHINES = ((1, 4), (1, 8), (2, 2), (2, 4))
 CAPS = {"gptoss20b_decode": {4: 1.10, 8: 1.15}}
 DEFAULT_CAP = 1.15
-CAP_SHARES = (1.0, 0.5, 0.75, 1.35)
+CAP_SHARES = (1.0, 0.7, 1.35)
 FRONTIER = (1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 SCALES = {"deepseek-v3": (58, 256, 8)}
 
@@ -138,7 +138,14 @@ def cell(
     try:
         plan = get_strategy(strategy)(fit, topology, slots_per_rank=slots, options=options)
     except StrategyError as error:
-        return {"trace": name, "strategy": strategy, "error": str(error)}
+        return {
+            "trace": name,
+            "num_nodes": topology.num_nodes,
+            "ranks_per_node": topology.ranks_per_node,
+            "slots_per_rank": slots,
+            "strategy": strategy,
+            "error": str(error),
+        }
     seconds = time.perf_counter() - start
     figures = measure(held_out, plan)
     home = count_traffic(held_out, plan, protocol="home")

@@ -37,12 +37,14 @@ def main() -> None:
 def cell_table(rows: list[dict[str, Any]]) -> list[str]:
     """One line a strategy and machine."""
     lines = [
-        "| trace | machine | slots | strategy | rows/token | vs linear, home (95%) | inter-node | imbalance mean, max | crossing | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| trace | machine | slots | strategy | cap asked | rows/token | vs linear, home (95%) | inter-node | imbalance mean, max | crossing | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if "error" in r:
-            lines.append(f"| {r['trace']} | | | {r['strategy']} | {r['error']} | | | | | |")
+            lines.append(
+                f"| {r['trace'].split('_')[0]} | {r['num_nodes']}x{r['ranks_per_node']} | {r['slots_per_rank']} | {r['strategy']} | {r['cap']} | {r['error']} | | | | | |"
+            )
             continue
         change, low, high = (100 * x for x in r["change"])
         base = r["linear_home_inter_node_rows"]
@@ -53,7 +55,7 @@ def cell_table(rows: list[dict[str, Any]]) -> list[str]:
         )
         lines.append(
             f"| {r['trace'].split('_')[0]} | {r['num_nodes']}x{r['ranks_per_node']} | {r['slots_per_rank']} "
-            f"| {r['strategy']} | {r['rows']:.1f} | {change:+.1f}% ({low:+.1f} to {high:+.1f}) | {inter} "
+            f"| {r['strategy']} | {r['cap']} | {r['rows']:.1f} | {change:+.1f}% ({low:+.1f} to {high:+.1f}) | {inter} "
             f"| {r['imbalance_mean']:.3f}, {r['imbalance_max']:.2f} | {r['crossing_rate']:.3f} | {r['seconds']:.0f} |"
         )
     return lines

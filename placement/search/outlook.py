@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RIDGE = 5.0
 STEPS_PER_ROW = 32
-MOST_VISITS = 3e7
+MOST_VISITS = 1e7
 
 
 def fit_outlook(tokens: Tokens, machine: Machine, layout: Layout) -> NDArray[np.int32]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOVES_PER_EXPERT = 12
-VISITS_PER_STEP = 1.5e7
+COST_PER_STEP = 3e7
 FILL_SAMPLE = 8000
 HEADROOM, LEAST_HEADROOM = 0.62, 0.25
 NOISE_SHARE = 0.5
@@ -127,7 +127,8 @@ class Search:
         sample = int(stage.sample * max(1.0, effort))
         users = min(sample, count) * top_k / experts
         problem = self.problem(sample, caps, self.seed + stage.steps)
-        moves = int(min(MOVES_PER_EXPERT * layers * experts, VISITS_PER_STEP / (48 + users / 5)))
+        affordable = COST_PER_STEP / top_k / (48 + users / 5)
+        moves = int(min(MOVES_PER_EXPERT * layers * experts, affordable))
         heats = np.geomspace(stage.hot, stage.cold, stage.steps) * users
         prices = np.geomspace(LOW_PENALTY, top, stage.steps)
         for heat, price in zip(heats, prices, strict=True):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from placement.search.state import Machine, Tokens
 
-SWAPS_PER_EXPERT, MAX_SWAPS = 400, 500_000
+SWAPS_PER_EXPERT, MAX_COST = 400, 32e6
 STEPS = 40
 HOT, COLD = 1.0, 0.01
 LOW_PRICE, HIGH_PRICE = 1.0, 16.0
@@ -38,7 +38,8 @@ def anneal_pairs(
     rng = np.random.default_rng(seed).integers(1, 2**63, size=1, dtype=np.uint64)
     layers, _, top_k = tokens.expert_ids.shape
     unit = float(tokens.weight.sum()) * top_k / num_experts
-    moves = max(500, int(min(SWAPS_PER_EXPERT * layers * num_experts, MAX_SWAPS) * effort))
+    most = MAX_COST / max(64, num_experts)  # a swap costs as much as a layer has experts
+    moves = max(500, int(min(SWAPS_PER_EXPERT * layers * num_experts, most) * effort))
     prices = np.geomspace(LOW_PRICE, HIGH_PRICE, STEPS)
     for heat, price in zip(np.geomspace(HOT, COLD, STEPS), prices, strict=True):
         swap_experts(pairs, rng, moves, float(heat * unit), float(price))
