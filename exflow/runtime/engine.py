@@ -29,6 +29,7 @@ from exflow.runtime.metrics import PHASES, PhaseMetrics
 from exflow.runtime.requests import NewToken
 from exflow.runtime.rows import RowFormat
 from exflow.runtime.scheduler import Scheduler
+from exflow.runtime.sharing import find_relays
 from exflow.runtime.steps import Steps
 from exflow.runtime.tables import PlacementTables
 from exflow.runtime.wire import Wire
@@ -160,6 +161,8 @@ class Engine:
             self.metrics["prefill"],
             num_nodes=plan.topology.num_nodes if dispatch == "hierarchical" else 1,
         )
+        domain_of_rank: list[int] = tables.domain_of_rank.tolist()
+        is_flat = dispatch == "flat"
         self._steps = Steps(
             decoder=decoder,
             rotary=Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device),
@@ -168,7 +171,10 @@ class Engine:
             metrics=self.metrics,
             recorder=recorder,
             rank=ranks.rank,
-            domain_of_rank=tables.domain_of_rank.tolist(),
+            domain_of_rank=domain_of_rank,
+            kv_relays=None
+            if is_flat
+            else find_relays(domain_of_rank, tables.node_of_rank.tolist()),
         )
 
     @torch.inference_mode()

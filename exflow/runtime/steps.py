@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exflow.runtime.metrics import Phase, PhaseMetrics
     from exflow.runtime.recorder import DecodeRecorder
     from exflow.runtime.scheduler import Chunk, Flight
+    from exflow.runtime.sharing import Relays
     from exflow.runtime.wire import Wire
 
 
@@ -45,6 +46,7 @@ class Steps:
         recorder: takes down the routing of decode steps.
         rank: this rank.
         domain_of_rank: coherence domains.
+        kv_relays: who brings whose keys and values to whom; None where everybody does.
     """
 
     decoder: Decoder
@@ -55,6 +57,7 @@ class Steps:
     recorder: DecodeRecorder | None
     rank: int
     domain_of_rank: Sequence[int]
+    kv_relays: Relays | None = None
 
     def prefill(self, chunks: Sequence[Chunk], cache: KvCache) -> dict[int, int]:
         """Read parts of prompts at home; the first new token of each slot whose prompt ends."""
@@ -159,6 +162,7 @@ class Steps:
             entries=stored,
             entry_bytes=cache.entries.shape[1] * cache.entries.element_size(),
             domain_of_rank=self.domain_of_rank,
+            relays=self.kv_relays,
         )
         token_of_slot = share(
             self.wire,

@@ -71,3 +71,5 @@ def check_flat(result, case, traffic):
     messages = result.decode["messages"]
     assert messages["counts"] == layers
     assert messages["dispatch"] == messages["combine"] == 2 * layers
+    spans_nodes = case.options.domain_size == 4
+    assert messages["share"] == (1 + spans_nodes) * result.decode["steps"]

@@ -10,7 +10,7 @@ from exflow.runtime.dispatcher import LocalDispatcher, Tokens
 from exflow.runtime.expert_weights import ExpertWeights
 from exflow.runtime.experts import run_experts
 from exflow.runtime.rows import RowFormat
-from exflow.runtime.sharing import Sizes
+from exflow.runtime.sharing import Sizes, find_relays
 from exflow.runtime.tables import PlacementTables, order_by_rank, ranks_that_run
 from placement.plan import PlacementPlan, Strategy
 from placement.topology import Topology
@@ -156,3 +156,22 @@ def test_entries_are_shared_inside_the_domain_and_tokens_with_all():
     assert sizes.between(0, 2) == 2 * 8
     assert sizes.between(2, 3) == 0
     assert sizes.between(3, 3) == 0
+
+
+def test_keys_and_values_cross_to_a_node_once_and_are_passed_on_there():
+    """Six ranks, one domain, nodes of three: every rank gets each other's entries once."""
+    nodes = [0, 0, 0, 1, 1, 1]
+    relays = find_relays([0] * 6, nodes)
+    sizes = Sizes(
+        tokens=(0,) * 6, entries=(1,) * 6, entry_bytes=56, domain_of_rank=(0,) * 6, relays=relays
+    )
+    for source in range(6):
+        crossed = [
+            to for to in range(6) if nodes[to] != nodes[source] and sizes.between(source, to)
+        ]
+        assert len(crossed) == 1
+        for to in set(range(6)) - {source}:
+            got = [relay for relay in range(6) if source in sizes.relayed(relay, to)]
+            assert len(got) + (sizes.between(source, to) > 0) == 1
+            assert all(nodes[relay] == nodes[to] for relay in got)
+    assert find_relays([0, 0, 0, 1, 1, 1], nodes) is None
