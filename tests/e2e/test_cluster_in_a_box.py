@@ -215,11 +215,11 @@ def test_a_program_that_does_not_exist_is_one_line():
 def test_ranks_of_torchrun_meet_over_the_links(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import torch, torch.distributed as dist\n"
+        "import os, torch, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
         "total = torch.tensor([dist.get_rank()])\n"
         "dist.all_reduce(total)\n"
-        "print(dist.get_world_size(), int(total))\n"
+        "os.write(1, f'{dist.get_world_size()} {int(total)}\\n'.encode())\n"
     )
     done = box("run", "--nodes", 2, "--ranks-per-node", 2, "--", "python", script)
     assert done.returncode == 0, done.stderr
