@@ -215,11 +215,13 @@ def test_a_program_that_does_not_exist_is_one_line():
 def test_ranks_of_torchrun_meet_over_the_links(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import os, torch, torch.distributed as dist\n"
+        "import os, time, torch, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
         "total = torch.tensor([dist.get_rank()])\n"
         "dist.all_reduce(total)\n"
         "os.write(1, f'{dist.get_world_size()} {int(total)}\\n'.encode())\n"
+        # torchrun's store lives in node 0's agent: the other agent must get to its exit barrier
+        "time.sleep(3 if dist.get_rank() < 2 else 0)\n"
     )
     done = box("run", "--nodes", 2, "--ranks-per-node", 2, "--", "python", script)
     assert done.returncode == 0, done.stderr
