@@ -154,7 +154,7 @@ class HomeDispatcher:
             send_counts=send_counts,
             receive_counts=receive_counts,
         )
-        return _rows(row_format, tables, layer, rows_NB), record
+        return rows_of(row_format, tables, layer, rows_NB), record
 
     def residual(self, record: HomeRecord) -> torch.Tensor:
         """The tokens stay."""
@@ -162,7 +162,7 @@ class HomeDispatcher:
 
     def combine(self, partial_ND: torch.Tensor, record: HomeRecord) -> Tokens:
         """Partial sums return the way the rows came; the owner adds them by rank."""
-        returned_MD = _exchange_partials(
+        returned_MD = exchange_partials(
             self.wire, partial_ND, record.receive_counts, record.send_counts, record.layer
         )
         tokens = record.tokens
@@ -172,7 +172,7 @@ class HomeDispatcher:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CoherentRecord:
-    """What `CoherentDispatcher.combine` needs: the rows, and who runs and will own each."""
+    """What `combine` needs where owners move: the rows, and who runs and will own each."""
 
     layer: int
     hidden_ND: torch.Tensor
@@ -222,7 +222,7 @@ class CoherentDispatcher:
             payload_bytes=row_format.payload_bytes,
         )
         owned = [sum(moved) for moved in zip(*counts, strict=True)][tables.num_ranks :]
-        rows = _rows(row_format, tables, layer, rows_NB)
+        rows = rows_of(row_format, tables, layer, rows_NB)
         record = CoherentRecord(
             layer=layer,
             hidden_ND=rows.hidden,
@@ -253,7 +253,7 @@ class CoherentDispatcher:
         goes_NW = ranks_that_run(record.next_owner_N[:, None], tables.num_ranks)
         sent_M, send_counts = order_by_rank(goes_NW & runs_NW[:, tables.rank, None])
         token_M, receive_counts = order_by_rank(runs_NW[mine_T])
-        returned_MD = _exchange_partials(
+        returned_MD = exchange_partials(
             self.wire, partial_ND[sent_M], send_counts, receive_counts, record.layer
         )
         hidden_TD = record.hidden_ND[mine_T]
@@ -261,9 +261,10 @@ class CoherentDispatcher:
         return Tokens(hidden=hidden_TD + total_TD, slots=record.slots_N[mine_T], owned=record.owned)
 
 
-def _rows(
+def rows_of(
     row_format: RowFormat, tables: PlacementTables, layer: int, rows_NB: torch.Tensor
 ) -> Rows:
+    """Rows as experts take them."""
     return Rows(
         hidden=row_format.hidden(rows_NB),
         expert_slots=tables.slot_of_choice[layer][row_format.choices(rows_NB)],
@@ -271,13 +272,16 @@ def _rows(
     )
 
 
-def _exchange_partials(
+def exchange_partials(
     wire: Wire,
     partial_MD: torch.Tensor,
     send_counts: list[int],
     receive_counts: list[int],
     layer: int,
+    *,
+    in_node: bool = False,
 ) -> torch.Tensor:
+    """Partial sums, sorted by destination, for those of all sources, sorted by source."""
     rows_MB = wire.exchange_rows(
         partial_MD.contiguous().view(torch.uint8),
         send_counts,
@@ -285,5 +289,6 @@ def _exchange_partials(
         kind="combine",
         layer=layer,
         payload_bytes=partial_MD.shape[1] * partial_MD.element_size(),
+        in_node=in_node,
     )
     return rows_MB.view(partial_MD.dtype)

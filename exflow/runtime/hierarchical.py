@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exflow.runtime.dispatcher import Rows, Tokens
+from exflow.runtime.dispatcher import CoherentRecord, Tokens, exchange_partials, rows_of
 from exflow.runtime.tables import order_by_rank, ranks_that_run
 from placement.traffic import relays
 
 if TYPE_CHECKING:
+    from exflow.runtime.dispatcher import Rows
     from exflow.runtime.rows import RowFormat
     from exflow.runtime.tables import PlacementTables
     from exflow.runtime.wire import Wire
@@ -103,7 +104,7 @@ class HierarchicalHomeDispatcher:
             fan_send_counts=fan_send,
             fan_receive_counts=fan_counts,
         )
-        return rows_of(torch.cat([crossed_NB, fanned_NB]), layer, tables, row_format), record
+        return rows_of(row_format, tables, layer, torch.cat([crossed_NB, fanned_NB])), record
 
     def residual(self, record: HomeHopsRecord) -> torch.Tensor:
         """The tokens stay."""
@@ -130,18 +131,6 @@ class HierarchicalHomeDispatcher:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CoherentHopsRecord:
-    """What `HierarchicalCoherentDispatcher.combine` needs: rows by slot, who runs and owns each."""
-
-    layer: int
-    hidden_ND: torch.Tensor
-    slots_N: torch.Tensor
-    next_owner_N: torch.Tensor
-    ranks_NK: torch.Tensor
-    owned: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class HierarchicalCoherentDispatcher:
     """The owner moves; partial sums are added on their node and cross to it once.
 
@@ -155,7 +144,7 @@ class HierarchicalCoherentDispatcher:
 
     def dispatch(
         self, layer: int, tokens: Tokens, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[Rows, CoherentHopsRecord]:
+    ) -> tuple[Rows, CoherentRecord]:
         """Send each token, with its residual, to the ranks of its experts, by relays."""
         tables, row_format, wire = self.tables, self.format, self.wire
         choices_TK = tables.choose(layer, expert_ids_TK)
@@ -184,8 +173,8 @@ class HierarchicalCoherentDispatcher:
         )
         rows_NB = torch.cat([crossed_NB, fanned_NB])
         rows_NB = rows_NB[row_format.slots(rows_NB).argsort()]
-        rows = rows_of(rows_NB, layer, tables, row_format)
-        record = CoherentHopsRecord(
+        rows = rows_of(row_format, tables, layer, rows_NB)
+        record = CoherentRecord(
             layer=layer,
             hidden_ND=rows.hidden,
             slots_N=row_format.slots(rows_NB),
@@ -195,11 +184,11 @@ class HierarchicalCoherentDispatcher:
         )
         return rows, record
 
-    def residual(self, record: CoherentHopsRecord) -> torch.Tensor:
+    def residual(self, record: CoherentRecord) -> torch.Tensor:
         """Of the rows that came, those whose tokens stay here."""
         return record.hidden_ND[record.next_owner_N == self.tables.rank]
 
-    def combine(self, partial_ND: torch.Tensor, record: CoherentHopsRecord) -> Tokens:
+    def combine(self, partial_ND: torch.Tensor, record: CoherentRecord) -> Tokens:
         """Partial sums are added on their node by one rank, then go to the next owners."""
         tables, rank, next_N = self.tables, self.tables.rank, record.next_owner_N
         runs_NW = ranks_that_run(record.ranks_NK, tables.num_ranks)
@@ -223,7 +212,7 @@ class HierarchicalCoherentDispatcher:
         partial_ND: torch.Tensor,
         runs_NW: torch.Tensor,
         via_NW: torch.Tensor,
-        record: CoherentHopsRecord,
+        record: CoherentRecord,
     ) -> torch.Tensor:
         """(N, D) partial sums, with those of the node's other ranks where this rank relays them."""
         tables, wire = self.tables, self.wire
@@ -276,17 +265,6 @@ def fan_out(
     return order_by_rank(runs_NJ)
 
 
-def rows_of(
-    rows_NB: torch.Tensor, layer: int, tables: PlacementTables, row_format: RowFormat
-) -> Rows:
-    """Rows as experts take them."""
-    return Rows(
-        hidden=row_format.hidden(rows_NB),
-        expert_slots=tables.slot_of_choice[layer][row_format.choices(rows_NB)],
-        weights=row_format.weights(rows_NB),
-    )
-
-
 def _exchange(
     wire: Wire,
     row_format: RowFormat,
@@ -306,25 +284,3 @@ def _exchange(
         payload_bytes=row_format.payload_bytes,
         in_node=in_node,
     )
-
-
-def exchange_partials(
-    wire: Wire,
-    partial_MD: torch.Tensor,
-    send_counts: list[int],
-    receive_counts: list[int],
-    layer: int,
-    *,
-    in_node: bool = False,
-) -> torch.Tensor:
-    """Partial sums, sorted by destination, for those of all sources, sorted by source."""
-    rows_MB = wire.exchange_rows(
-        partial_MD.contiguous().view(torch.uint8),
-        send_counts,
-        receive_counts,
-        kind="combine",
-        layer=layer,
-        payload_bytes=partial_MD.shape[1] * partial_MD.element_size(),
-        in_node=in_node,
-    )
-    return rows_MB.view(partial_MD.dtype)
