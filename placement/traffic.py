@@ -352,12 +352,15 @@ class _Walk:
             relay = relays(runs, end, self.node_of_rank)[token, rank]
             peer = np.where(relay == rank, peer, relay)
         matrix += np.bincount(peer * width + rank, minlength=width * width).reshape(width, width)
+        rows = np.bincount(token, minlength=len(end)).astype(np.int32)
+        if self.node_of_rank[-1] == 0:
+            return rows, np.zeros_like(rows)
         crosses = self.node_of_rank[end][:, None] != self.node_of_rank
         between = remote & crosses
         self.inter_node += int(between.sum())
         starts = np.flatnonzero(np.diff(self.node_of_rank, prepend=-1))
         nodes = np.logical_or.reduceat(between, starts, axis=1).sum(axis=1, dtype=np.int32)
-        return remote.sum(axis=1, dtype=np.int32), nodes
+        return rows, nodes
 
     def traffic(self) -> Traffic:
         rows, inter_node_rows = np.concatenate(self.rows), np.concatenate(self.inter_node_rows)

@@ -4,7 +4,8 @@ Every rank writes a beat into the job's store ten times a timeout, and reads tho
 A rank that has died or was stopped beats no more. The others notice it in two ways: the collective
 they share with it fails (at once if it died, after the timeout if it hangs), and then the oldest
 silence names the rank; or, should a collective never return, the process ends itself a few
-seconds after the timeout.
+seconds after the timeout. When the store itself falls silent, nobody is heard, and only whoever
+holds it can be blamed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,15 @@ class Liveness:
         is_broken: whether contact was lost; then no collective can work any more.
     """
 
-    def __init__(self, store: Store | None, *, rank: int, num_ranks: int, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        *,
+        rank: int,
+        num_ranks: int,
+        timeout: float,
+        store_holder: str = "rank 0",
+    ) -> None:
         """Nothing beats yet.
 
         Args:
@@ -46,6 +55,7 @@ class Liveness:
             rank: this rank.
             num_ranks: how many there are.
             timeout: seconds of silence after which a rank is given up.
+            store_holder: whose process the store is in, for messages.
         """
         self.where: Callable[[], str] = lambda: "start-up"
         self.is_broken = False
@@ -54,7 +64,9 @@ class Liveness:
         self._timeout = timeout
         self._interval = min(1.0, timeout / BEATS)
         self._is_over = threading.Event()
+        self._store_holder = store_holder
         now = time.monotonic()
+        self._store_answered = now
         self._beats = {other: "" for other in range(num_ranks) if other != rank}
         self._heard = dict.fromkeys(self._beats, now)
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
@@ -98,27 +110,32 @@ class Liveness:
             time.sleep(self._interval / 4)
         lost, silence = self._longest_silence()
         if silence > MISSED_BEATS * self._interval:
-            return f"rank {lost} was killed or hangs, silent for {silence:.1f} s"
+            return f"{lost} was killed or hangs, silent for {silence:.1f} s"
         return f"a rank did not come to the same step within {self._timeout:g} s (--timeout)"
 
-    def _longest_silence(self) -> tuple[int, float]:
+    def _longest_silence(self) -> tuple[str, float]:
+        """Who was silent longest, and for how many seconds; the store's holder if it is silent."""
+        now = time.monotonic()
         watched = {rank: at for rank, at in self._heard.items() if self._beats[rank] != DONE}
+        is_ending = len(watched) < len(self._heard)
+        if not is_ending and now - self._store_answered > MISSED_BEATS * self._interval:
+            return self._store_holder, now - self._store_answered
         if not watched:
-            return self._rank, 0.0
+            return "no rank", 0.0
         lost = min(watched, key=lambda rank: watched[rank])
-        return lost, time.monotonic() - watched[lost]
+        return f"rank {lost}", now - watched[lost]
 
     def _run(self) -> None:
         count = 0
         while not self._is_over.wait(self._interval):
             count += 1
-            # Without the store (rank 0 or the launcher died) nobody is heard: silence tells.
+            # A store that was lost with its holder raises or blocks: its silence tells.
             with contextlib.suppress(RuntimeError):
                 self._beat(str(count))
             lost, silence = self._longest_silence()
             if silence > self._timeout + GRACE_SECONDS:
                 sys.stderr.write(
-                    f"error: rank {lost} was killed or hangs, silent for {silence:.0f} s; "
+                    f"error: {lost} was killed or hangs, silent for {silence:.0f} s; "
                     f"noticed at {self.where()}; start the same command again to go on\n"
                 )
                 sys.stderr.flush()
@@ -137,3 +154,4 @@ class Liveness:
             if found != last:
                 self._beats[other] = found
                 self._heard[other] = time.monotonic()
+        self._store_answered = time.monotonic()

@@ -109,7 +109,13 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         store = self._meet(device, timedelta(seconds=timeout))
-        liveness = Liveness(store, rank=self.rank, num_ranks=self.num_ranks, timeout=timeout)
+        liveness = Liveness(
+            store,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            timeout=timeout,
+            store_holder=_store_holder(),
+        )
         try:
             with liveness.beating():
                 yield liveness
@@ -185,3 +191,10 @@ class Ranks:
             if message is not None:
                 msg = f"rank {rank} cannot go on: {message}"
                 raise RankFailureError(msg)
+
+
+def _store_holder() -> str:
+    """In whose process the job's store is: torchrun's agent holds it unless rank 0 must."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return "the launcher of the first node"
+    return "rank 0"
