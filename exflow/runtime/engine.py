@@ -87,15 +87,16 @@ class EngineOptions:
                 msg = f"--{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
                 raise EngineError(msg)
 
-    def dispatch_for(self, plan: PlacementPlan, ranks: Ranks, *, top_k: int) -> Dispatch:
+    def dispatch_for(self, plan: PlacementPlan, ranks: Ranks) -> Dispatch:
         """Flat or hierarchical, for a plan on these ranks.
 
         Hierarchical dispatch costs two more messages a layer, inside nodes, and saves rows
-        between them; so it is for links that differ. With one expert a token, one node, or one
-        rank a node there is nothing to fan out, and both are the same.
+        between them; so it is for links that differ. With one node, or one rank a node, there is
+        nothing to fan out, and both are the same. With one expert a token only keys and values
+        are fanned out, once a step.
         """
         topology = plan.topology
-        if top_k == 1 or topology.num_nodes == 1 or topology.ranks_per_node == 1:
+        if topology.num_nodes == 1 or topology.ranks_per_node == 1:
             return "flat"
         if self.dispatch == "auto":
             return "hierarchical" if ranks.num_ranks > ranks.ranks_per_node else "flat"
@@ -154,7 +155,7 @@ class Engine:
             coherence_domain=options.domain_size,
             device=embedding.device,
         )
-        dispatch = options.dispatch_for(plan, ranks, top_k=decoder.definition.top_k)
+        dispatch = options.dispatch_for(plan, ranks)
         wire = Wire(
             ranks,
             embedding.device,
@@ -162,7 +163,6 @@ class Engine:
             num_nodes=plan.topology.num_nodes if dispatch == "hierarchical" else 1,
         )
         domain_of_rank: list[int] = tables.domain_of_rank.tolist()
-        is_flat = dispatch == "flat"
         self._steps = Steps(
             decoder=decoder,
             rotary=Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device),
@@ -173,7 +173,7 @@ class Engine:
             rank=ranks.rank,
             domain_of_rank=domain_of_rank,
             kv_relays=None
-            if is_flat
+            if dispatch == "flat"
             else find_relays(domain_of_rank, tables.node_of_rank.tolist()),
         )
 
@@ -286,7 +286,7 @@ def _make_dispatchers(
             has_owner=has_owner,
         )
 
-    is_flat = dispatch == "flat"
+    is_flat = dispatch == "flat" or definition.top_k == 1
     home_type = HomeDispatcher if is_flat else HierarchicalHomeDispatcher
     home = home_type(tables=tables, format=row_format(has_owner=False), wire=wire)
     if protocol == "home":

@@ -190,7 +190,7 @@ def _engine_options(
 ) -> EngineOptions:
     """The user's options with nothing left to choose."""
     engine = options.engine
-    dispatch = engine.dispatch_for(plan, ranks, top_k=definition.top_k)
+    dispatch = engine.dispatch_for(plan, ranks)
     engine = replace(engine, dispatch=dispatch)
     if options.routing is None:
         return engine

@@ -73,3 +73,25 @@ def check_flat(result, case, traffic):
     assert messages["dispatch"] == messages["combine"] == 2 * layers
     spans_nodes = case.options.domain_size == 4
     assert messages["share"] == (1 + spans_nodes) * result.decode["steps"]
+
+
+def test_with_one_expert_a_token_only_keys_and_values_are_fanned_out(tmp_path):
+    folder = qwen3_moe(tmp_path / "tiny", num_experts_per_tok=1)
+    reference = decode_with_transformers(folder, PROMPTS, NEW_TOKENS)
+    logits = [part.numpy() for part in reference.logits]
+    model = Model(str(folder), define_model(folder), reference.tokens, logits)
+    plan = make_plan(model.definition, 4, "random")
+    case = make_case(plan, "coherent", None)
+    cases = [
+        replace(case, options=replace(case.options, dispatch=dispatch))
+        for dispatch in ("flat", "hierarchical")
+    ]
+    by_rank = run_ranks(4, decode_all, model, cases, timeout=280)
+    for result in by_rank[0]:
+        assert result.tokens == model.tokens
+        check_traffic(result, cases[0])
+    flat, fanned = (result.decode for result in by_rank[0])
+    assert fanned["rows"] == flat["rows"]
+    assert fanned["bytes"] == flat["bytes"]
+    more = {"share": 2 * flat["messages"]["share"]}
+    assert fanned["messages"] == flat["messages"] | more
