@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from placement.plan import PlacementPlan
     from placement.trace import RoutingTrace
-    from placement.traffic import Protocol
+    from placement.traffic import Dispatch, Protocol
 
 Unit = Literal["rank", "node", "expert", "all"]
 BACKENDS: dict[str, Unit] = {
@@ -184,11 +184,25 @@ def step_seconds(
     return plan.num_layers * phases * latency + max(intra, inter)
 
 
-def kv_seconds(plan: PlacementPlan, domain: int, *, shape: Shape, links: Links) -> float:
-    """Seconds to share a step's new keys and values with the domain; off the critical path."""
+def kv_seconds(
+    plan: PlacementPlan, domain: int, *, shape: Shape, links: Links, dispatch: Dispatch = "flat"
+) -> float:
+    """Seconds to share a step's new keys and values with the domain.
+
+    Args:
+        plan: tells layers and nodes.
+        domain: ranks that share them.
+        shape: bytes of keys and values, and tokens a rank.
+        links: bandwidths.
+        dispatch: "flat": a rank sends its own to every other; "hierarchical": to one rank of each
+            other node, which passes them on inside.
+    """
     sent = shape.kv_elements * shape.element_bytes * shape.tokens_per_rank * plan.num_layers
-    inside = min(domain, plan.topology.ranks_per_node) - 1
-    outside = domain - 1 - inside
+    of_node = min(domain, plan.topology.ranks_per_node)
+    inside, outside = of_node - 1, domain - of_node
+    if dispatch == "hierarchical":
+        outside //= of_node
+        inside += outside * (of_node - 1)
     return sent * max(inside / links.intra_bandwidth, outside / links.inter_bandwidth)
 
 
@@ -197,8 +211,8 @@ def advise(
 ) -> list[dict[str, Any]]:
     """Every protocol and coherence domain with its rows and times, the fastest first.
 
-    Time counts what cannot be hidden: the layers' phases, and the part of sharing keys and values
-    that outlasts them. Backends other than exflow return tokens home, so only `home` is listed.
+    A step's time is that of the layers' phases and, at its end, of sharing keys and values, which
+    cross to a node once. Backends other than exflow return tokens home, so only `home` is listed.
     """
     ranks, choices = plan.num_ranks, []
     for domain in (d for d in range(1, ranks + 1) if ranks % d == 0):
@@ -210,7 +224,7 @@ def advise(
         )
         single = trace.top_k == 1 and domain == ranks
         wire = step_seconds(rows, plan, shape=shape, links=links, phases=1 if single else 2)
-        kv = kv_seconds(plan, domain, shape=shape, links=links)
+        kv = kv_seconds(plan, domain, shape=shape, links=links, dispatch="hierarchical")
         choices.append(
             {
                 "protocol": protocol,
@@ -219,7 +233,7 @@ def advise(
                 "inter_node_rows": rows["inter"],
                 "wire_us": wire * 1e6,
                 "kv_us": kv * 1e6,
-                "step_us": max(wire, kv) * 1e6,
+                "step_us": (wire + kv) * 1e6,
             }
         )
     return sorted(choices, key=lambda choice: choice["step_us"])

@@ -63,7 +63,8 @@ def rank_protocols(
         plan: where experts are.
         shape: bytes of a row, of keys and values, and tokens a step.
         links: latencies and bandwidths.
-        dispatch: "flat" or "hierarchical", which adds two messages inside nodes to each layer.
+        dispatch: "flat" or "hierarchical", which adds two messages inside nodes to each layer, but
+            none where a token has one expert.
     """
     if trace.num_tokens > MAX_TOKENS:
         trace = _first(trace, MAX_TOKENS)
@@ -90,14 +91,14 @@ def _choice(
     )
     is_single = trace.top_k == 1 and domain == plan.num_ranks
     seconds = step_seconds(rows, plan, shape=shape, links=links, phases=1 if is_single else 2)
-    if dispatch == "hierarchical":
+    if dispatch == "hierarchical" and trace.top_k > 1:
         seconds += 2 * plan.num_layers * links.intra_latency
     return Choice(
         protocol=protocol,
         coherence_domain=domain,
         rows_per_token=rows["intra"] + rows["inter"],
         layers_us=seconds * 1e6,
-        kv_us=kv_seconds(plan, domain, shape=shape, links=links) * 1e6,
+        kv_us=1e6 * kv_seconds(plan, domain, shape=shape, links=links, dispatch=dispatch),
     )
 
 

@@ -121,6 +121,6 @@ def _advice_lines(advice: dict[str, Any] | None) -> list[str]:
 def _choice_line(choice: dict[str, Any]) -> str:
     return (
         f"{choice['protocol']}, domain {choice['coherence_domain']}: {choice['step_us']:.0f} "
-        f"(layers {choice['wire_us']:.0f}, keys and values {choice['kv_us']:.0f} beside them), "
+        f"(layers {choice['wire_us']:.0f}, keys and values {choice['kv_us']:.0f}), "
         f"{choice['rows_per_token']:.1f} rows/token"
     )

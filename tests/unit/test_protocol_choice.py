@@ -61,3 +61,21 @@ def test_two_more_messages_a_layer_are_counted_against_hierarchical_dispatch(tra
         for dispatch in ("flat", "hierarchical")
     )
     assert deep.layers_us - flat.layers_us == pytest.approx(6 * 2 * 1000, rel=1e-3)
+    singles = [
+        rank_protocols(trace.top1(), plan, shape=shape, links=links, dispatch=dispatch)[0]
+        for dispatch in ("flat", "hierarchical")
+    ]
+    assert singles[0].layers_us == pytest.approx(singles[1].layers_us)
+
+
+def test_keys_and_values_that_cross_once_to_a_node_cost_less(trace, plan):
+    shape = Shape(hidden_size=1024, kv_elements=512)
+    flat, deep = (
+        {
+            choice.coherence_domain: choice.kv_us
+            for choice in rank_protocols(trace, plan, shape=shape, links=LINKS, dispatch=dispatch)
+        }
+        for dispatch in ("flat", "hierarchical")
+    )
+    assert deep[4] == pytest.approx(flat[4] / 2)
+    assert deep[2] == flat[2] > deep[1] == 0

@@ -13,6 +13,7 @@ from placement.timing import (
     Shape,
     TimingError,
     advise,
+    kv_seconds,
     moves_with_placement,
     rows_by_kind,
     step_seconds,
@@ -118,3 +119,19 @@ def test_homes_chosen_from_first_tokens_save_rows_and_share_requests(trace):
     assert all(len(ranks) == 1 for ranks in of_sequence)
     requests = np.bincount(np.concatenate(of_sequence), minlength=4)
     assert requests.max() <= np.ceil(1.5 * len(of_sequence) / 4)
+
+
+def test_keys_and_values_cross_to_each_rank_or_once_to_its_node(plan):
+    links = Links(intra_bandwidth=1e6, inter_bandwidth=1e3)
+    sent = 100 * 2 * 10 * 4  # elements, bytes, tokens, layers
+    flat = kv_seconds(plan, 4, shape=SHAPE, links=links)
+    once = kv_seconds(plan, 4, shape=SHAPE, links=links, dispatch="hierarchical")
+    assert flat == pytest.approx(2 * sent / 1e3)
+    assert once == pytest.approx(sent / 1e3)
+    inside = Links(intra_bandwidth=1.0, inter_bandwidth=1e9)
+    # its own to its neighbour, and another node's which it passes on
+    passed = kv_seconds(plan, 4, shape=SHAPE, links=inside, dispatch="hierarchical")
+    assert passed == pytest.approx(2 * sent)
+    for dispatch in ("flat", "hierarchical"):
+        assert kv_seconds(plan, 2, shape=SHAPE, links=inside, dispatch=dispatch) == sent
+        assert kv_seconds(plan, 1, shape=SHAPE, links=inside, dispatch=dispatch) == 0
