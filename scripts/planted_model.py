@@ -61,7 +61,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.hidden_size / HEAD_DIM, self.num_kv_heads
-        if kv_heads < 1 or heads % kv_heads or self.kv_elements != self.kv_ratio * self.hidden_size:
+        wanted = self.kv_ratio * self.hidden_size
+        if kv_heads < 1 or heads % kv_heads or abs(self.kv_elements - wanted) > 0.5:
             step = 2 * HEAD_DIM / self.hidden_size
             msg = f"kv_ratio must be {step:g} times a divisor of {heads:g}, got {self.kv_ratio}"
             raise SystemExit(msg)
@@ -72,7 +73,7 @@ class Shape:
     @property
     def num_kv_heads(self) -> int:
         """Heads of keys, and as many of values."""
-        return int(self.kv_ratio * self.hidden_size) // (2 * HEAD_DIM)
+        return round(self.kv_ratio * self.hidden_size) // (2 * HEAD_DIM)
 
     @property
     def kv_elements(self) -> int:

@@ -104,6 +104,8 @@ def _environment(cluster: Cluster) -> dict[str, str]:
         "MASTER_ADDR": cluster.address(0),
         "MASTER_PORT": str(PORT),
         "NNODES": str(cluster.nodes),
+        "BOX_SWITCH": cluster.switch,
+        "BOX_RACKS": str(cluster.racks),
     }
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return os.environ | interfaces | meeting | threads | {"PATH": path}

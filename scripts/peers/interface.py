@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,6 @@ from typing import Any
 import torch.distributed as dist
 
 COUNTERS = Path("/sys/class/net/eth0/statistics")
-HEADER_BYTES = 66  # Ethernet, IPv4, TCP with timestamps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ Load = Callable[[Path, Mapping[str, Any]], Decode]
 def measure(decode: Decode, prompts: Prompts, steps: int) -> dict[str, Any]:
     """Decode on all ranks; what all of them saw, on every rank.
 
-    Seconds are the slowest rank's; bytes are what the interfaces of all nodes sent, with headers
-    and without.
+    Seconds are the slowest rank's; bytes are what the interfaces of all nodes sent, and what the
+    trunks between racks carried, headers included.
     """
     before = read_counters()
     dist.barrier()
@@ -81,23 +81,39 @@ def measure(decode: Decode, prompts: Prompts, steps: int) -> dict[str, Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     tokens = {index: ids for part in everyone for index, ids in part[0].items()}
-    num_bytes, packets = (sum(part[3][index] for part in everyone) for index in range(2))
+    num_bytes, trunk_bytes = (sum(part[3][index] for part in everyone) for index in range(2))
     return {
         "tokens": [tokens[index] for index in sorted(tokens)],
         "prefill_seconds": max(part[1] for part in everyone),
         "decode_seconds": max(part[2] for part in everyone),
         "sent_bytes": num_bytes,
-        "sent_payload": num_bytes - HEADER_BYTES * packets,
+        "trunk_bytes": trunk_bytes,
         **decoded.details,
     }
 
 
 def read_counters() -> tuple[int, int]:
-    """Bytes and packets that this node has sent by eth0; its first rank reads them, others 0."""
+    """Bytes this node has sent by eth0, and those that left racks by their trunks.
+
+    A node's first rank reads its own interface, rank 0 the trunks, all others nothing.
+    """
     if local_rank() or not COUNTERS.exists():
         return 0, 0
-    num_bytes, packets = (COUNTERS / name for name in ("tx_bytes", "tx_packets"))
-    return int(num_bytes.read_text("ascii")), int(packets.read_text("ascii"))
+    sent = int((COUNTERS / "tx_bytes").read_text("ascii"))
+    return sent, sum(map(trunk_bytes, range(racks()))) if dist.get_rank() == 0 else 0
+
+
+def racks() -> int:
+    """Racks of the cluster in a box that this runs in; 0 if there are no trunks."""
+    count = int(os.environ.get("BOX_RACKS", "1"))
+    return count if count > 1 else 0
+
+
+def trunk_bytes(rack: int) -> int:
+    """Bytes that have left a rack."""
+    show = ["ip", "-n", os.environ["BOX_SWITCH"], "-s", "-j", "link", "show", "dev", f"t{rack}"]
+    done = subprocess.run(show, capture_output=True, text=True, check=True)
+    return int(json.loads(done.stdout)[0]["stats64"]["tx"]["bytes"])
 
 
 def local_rank() -> int:

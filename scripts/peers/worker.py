@@ -23,7 +23,7 @@ from scripts.peers.interface import Prompts, failing_alike, measure
 if TYPE_CHECKING:
     from scripts.peers.interface import Decode
 
-SENT = ("sent_bytes", "sent_payload")
+SENT = ("sent_bytes", "trunk_bytes")
 
 
 def main() -> None:
@@ -73,6 +73,7 @@ def run_arm(arm: dict[str, Any], decode: Decode, prompts: Prompts, steps: int) -
     result["ms"] = round(1000 * result["decode_seconds"] / (steps - 1), 2)
     result["tokens_per_second"] = tokens / result["decode_seconds"]
     if "own_bytes" in result:
+        result["num_tokens"] = tokens
         result["own_bytes_per_token"] = result["own_bytes"] / tokens
     arm["runs"].append(result)
 

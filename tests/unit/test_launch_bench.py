@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from scripts.bench_cluster import summarise
-from scripts.peers.exflow_run import inter_node_bytes
+from scripts.peers.exflow_run import bytes_between, rows_between
 from scripts.peers.hf_decode import greedy
+from scripts.peers.summary import ms_by_part, summarise
 from scripts.planted_model import Shape, write_model
 
 SMALL = Shape(
@@ -25,7 +25,7 @@ SMALL = Shape(
 )
 
 
-def test_bytes_between_nodes_are_those_of_rows_between_nodes_and_a_share_of_what_all_get():
+def test_bytes_between_units_are_those_of_rows_between_them_and_a_share_of_what_all_get():
     dispatch = np.zeros((1, 4, 4), dtype=int)
     dispatch[0, 0, 1], dispatch[0, 0, 2] = 3, 1  # ranks 0 and 1 are one node
     combine = np.zeros((1, 4, 4), dtype=int)
@@ -34,13 +34,29 @@ def test_bytes_between_nodes_are_those_of_rows_between_nodes_and_a_share_of_what
         "rows": {"dispatch": dispatch.tolist(), "combine": combine.tolist()},
         "bytes": {"payload": 5 * 100, "metadata": 4 * 8, "counts": 30, "tokens": 3, "kv_share": 60},
     }
-    assert inter_node_bytes(phase, 4, 2) == 2 * 100 + 1 * 8 + (30 + 3 + 60) * 2 / 3
-    assert inter_node_bytes(phase, 4, 4) == 0
+    metrics = {
+        "phases": {"decode": phase},
+        "world_size": 4,
+        "coherence_domain": 4,
+        "dispatch": "flat",
+    }
+    rows, shared = 2 * 100 + 1 * 8, (30 + 3) * 2 / 3
+    assert rows_between(phase, 4, 2) == 2
+    assert bytes_between(metrics, 2) == rows + shared + 60 * 2 / 3
+    assert bytes_between(metrics | {"dispatch": "hierarchical"}, 2) == rows + shared + 60 / 3
+    assert bytes_between(metrics | {"coherence_domain": 2}, 2) == rows + shared
+    assert bytes_between(metrics, 4) == 0
+
+
+def test_time_is_split_into_what_waits_for_others_and_the_rest():
+    seconds = {"dispatch": 0.2, "combine": 0.1, "share": 0.05, "gate": 0.03, "experts": 0.07}
+    parts = ms_by_part(seconds, 10)
+    assert parts == pytest.approx({"dispatch": 20, "combine": 10, "share": 5, "compute": 10})
 
 
 def arm(name, rate, tokens, error=None):
     run = {"tokens": tokens, "tokens_per_second": rate, "ms": 1.0}
-    sent = {"sent_bytes": 10.0, "sent_payload": 9.0}
+    sent = {"sent_bytes": 10.0, "trunk_bytes": 0.0}
     return {"name": name, "error": error, "per_token": sent, "runs": [] if error else [run] * 3}
 
 
@@ -53,7 +69,7 @@ def test_an_arm_that_fails_or_says_other_tokens_is_marked_and_not_compared():
         arm("deepspeed_moe", 10.0, expected, error="TypeError: no"),
     ]
     result = summarise(arms, expected)
-    assert result["speedup"] == {"home/linear": 3.0, "autoep": None, "deepspeed_moe": None}
+    assert result["speedup"] == {"home_linear": 3.0, "autoep": None, "deepspeed_moe": None}
     assert result["arms"]["home/linear"]["failed"] is None
     assert "differ from the unsharded" in result["arms"]["autoep"]["failed"]
     assert result["arms"]["deepspeed_moe"]["failed"] == "TypeError: no"
