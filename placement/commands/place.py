@@ -37,6 +37,12 @@ def place(
     max_imbalance: Annotated[
         float | None, typer.Option(help="Cap on max / mean token load of the ranks of a layer.")
     ] = None,
+    mean_imbalance: Annotated[
+        float | None,
+        typer.Option(
+            help="What its mean over layers should be on other tokens; the cap if absent."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same plan.")] = 0,
     protocol: Annotated[
         Literal["home", "coherent"], typer.Option(help="home or coherent.")
@@ -81,6 +87,7 @@ def place(
     options = PlacementOptions(
         seed=seed,
         max_imbalance=max_imbalance,
+        mean_imbalance=mean_imbalance,
         protocol=protocol,
         coherence_domain=coherence_domain,
         effort=effort,

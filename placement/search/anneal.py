@@ -9,7 +9,7 @@ from placement.search.jit import kernel
 from placement.search.moves import (
     REFUSED,
     draw,
-    excess,
+    load_cost,
     may_hold,
     put,
     reroute,
@@ -42,27 +42,25 @@ def propose_rank(problem: Problem, layer: int, rank: int, expert: int) -> int:
 
 
 @kernel
-def is_kept(
-    problem: Problem, layer: int, a: int, b: int, new: int, heat: tuple[float, float]
-) -> bool:
+def is_kept(problem: Problem, layer: int, a: int, b: int, new: int, temperature: float) -> bool:
     """Keeps or refuses a change of experts a and b already made to the layout.
 
-    `new` copies are where none was before the search; heat is temperature and price of excess.
+    `new` copies are where none was before the search.
     """
-    scratch, penalty = problem.scratch, heat[1]
+    scratch = problem.scratch
     if new > 0 and scratch.moved[0] + new > problem.limits.budget[0]:
         return False
     scratch.last[0] = layer
-    bar = -heat[0] * math.log((1.0 + draw(scratch.rng, DRAWS)) / DRAWS)
-    before = excess(problem, layer, False)
-    change = reroute(problem, layer, a, b, bar + penalty * before, False)
+    bar = -temperature * math.log((1.0 + draw(scratch.rng, DRAWS)) / DRAWS)
+    before = load_cost(problem, layer, False)
+    change = reroute(problem, layer, a, b, bar + before, False)
     after = 0.0
     if change < REFUSED:
         for touched in range(layer, scratch.last[0] + 1):
-            after += excess(problem, touched, True)
+            after += load_cost(problem, touched, True)
             if touched > layer:
-                before += excess(problem, touched, False)
-    keep = change + penalty * (after - before) <= bar
+                before += load_cost(problem, touched, False)
+    keep = change + after - before <= bar
     settle(problem, layer, keep)
     if keep:
         scratch.moved[0] += new
@@ -92,7 +90,7 @@ def count_new(problem: Problem, layer: int, expert: int) -> int:
 
 @kernel
 def try_replica(
-    problem: Problem, layer: int, place: tuple[int, int], a: int, heat: tuple[float, float]
+    problem: Problem, layer: int, place: tuple[int, int], a: int, temperature: float
 ) -> bool:
     """Tries a copy of expert a in place of a spare copy or nothing."""
     rank, slot = place
@@ -103,7 +101,7 @@ def try_replica(
     old = count_new(problem, layer, a) + count_new(problem, layer, b)
     put(problem.layout, layer, rank, slot, a)
     new = count_new(problem, layer, a) + count_new(problem, layer, b) - old
-    if is_kept(problem, layer, a, b, new, heat):
+    if is_kept(problem, layer, a, b, new, temperature):
         return True
     put(problem.layout, layer, rank, slot, b)
     return False
@@ -115,7 +113,7 @@ def try_swap(
     layer: int,
     place: tuple[int, int],
     other: tuple[int, int],
-    heat: tuple[float, float],
+    temperature: float,
 ) -> bool:
     """Tries to exchange the experts of two slots; one of them may be empty."""
     layout = problem.layout
@@ -128,7 +126,7 @@ def try_swap(
     put(layout, layer, place[0], place[1], b)
     put(layout, layer, other[0], other[1], a)
     new = count_new(problem, layer, a) + count_new(problem, layer, b) - old
-    if is_kept(problem, layer, a, b, new, heat):
+    if is_kept(problem, layer, a, b, new, temperature):
         return True
     put(layout, layer, other[0], other[1], b)
     put(layout, layer, place[0], place[1], a)
@@ -136,10 +134,10 @@ def try_swap(
 
 
 @kernel
-def anneal(problem: Problem, moves: int, temperature: float, penalty: float) -> int:
+def anneal(problem: Problem, moves: int, temperature: float) -> int:
     """Tries `moves` random changes at one temperature; how many were kept."""
     layers, width, num_slots = problem.layout.slots.shape
-    rng, heat, kept = problem.scratch.rng, (temperature, penalty), 0
+    rng, kept = problem.scratch.rng, 0
     for _ in range(moves):
         layer, rank, slot = draw(rng, layers), draw(rng, width), draw(rng, num_slots)
         a = problem.layout.slots[layer, rank, slot]
@@ -147,7 +145,7 @@ def anneal(problem: Problem, moves: int, temperature: float, penalty: float) -> 
             continue
         other = (propose_rank(problem, layer, rank, a), draw(rng, num_slots))
         if problem.limits.replicas[0] > 0 and draw(rng, 2) == 0:
-            kept += try_replica(problem, layer, other, a, heat)
+            kept += try_replica(problem, layer, other, a, temperature)
         else:
-            kept += try_swap(problem, layer, (rank, slot), other, heat)
+            kept += try_swap(problem, layer, (rank, slot), other, temperature)
     return kept

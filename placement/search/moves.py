@@ -140,19 +140,20 @@ def settle(problem: Problem, layer: int, keep: bool) -> None:
 
 
 @kernel
-def excess(problem: Problem, layer: int, changed: bool) -> float:
-    """Token load above the caps of ranks and nodes at one layer, now or after the change."""
+def load_cost(problem: Problem, layer: int, changed: bool) -> float:
+    """What uneven load costs at one layer, now or after the change."""
     load, limits = problem.flow.load, problem.limits
     node_of_rank = problem.machine.node_of_rank
-    over, node_load = 0.0, 0.0
+    uneven, over, node_load = 0.0, 0.0, 0.0
     width = load.shape[1]
     for rank in range(width):
         value = load[layer, rank]
         if changed:
             value += problem.scratch.load[layer, rank]
+        uneven += max(0.0, value - limits.even_load[layer])
         over += max(0.0, value - limits.rank_load[layer])
         node_load += value
         if rank + 1 == width or node_of_rank[rank + 1] != node_of_rank[rank]:
             over += max(0.0, node_load - limits.node_load[layer])
             node_load = 0.0
-    return over
+    return float(limits.price[0] * uneven + limits.price[1] * over)

@@ -38,6 +38,7 @@ class Pairs(NamedTuple):
         node_pull: float32 (L, E, N) the same for nodes.
         rank_load: float64 (L, W) token load of a rank.
         cap: float64 (L,) on `rank_load`.
+        even: float64 (L,) load of a rank from which on load has a price.
     """
 
     within: NDArray[np.float32]
@@ -51,6 +52,7 @@ class Pairs(NamedTuple):
     node_pull: NDArray[np.float32]
     rank_load: NDArray[np.float64]
     cap: NDArray[np.float64]
+    even: NDArray[np.float64]
 
 
 @kernel
@@ -117,7 +119,14 @@ def swap_gain(pairs: Pairs, layer: int, a: int, b: int) -> Number:
 
 
 @kernel
-def swap_experts(pairs: Pairs, rng: Array, moves: int, temperature: float, price: float) -> int:
+def load_cost(pairs: Pairs, layer: int, load: Number, price: Array) -> Number:
+    """What the load of a rank costs; `price` is that of load above `even`, and above `cap`."""
+    uneven = max(0.0, load - pairs.even[layer])
+    return price[0] * uneven + price[1] * max(0.0, load - pairs.cap[layer])
+
+
+@kernel
+def swap_experts(pairs: Pairs, rng: Array, moves: int, temperature: float, price: Array) -> int:
     """Tries `moves` random swaps of two experts of a layer; how many were kept."""
     layers, experts = pairs.rank_of.shape
     kept = 0
@@ -126,11 +135,12 @@ def swap_experts(pairs: Pairs, rng: Array, moves: int, temperature: float, price
         p, q = pairs.rank_of[layer, a], pairs.rank_of[layer, b]
         if p == q:
             continue
-        cap, change = pairs.cap[layer], pairs.load[layer, b] - pairs.load[layer, a]
+        change = pairs.load[layer, b] - pairs.load[layer, a]
         old_p, old_q = pairs.rank_load[layer, p], pairs.rank_load[layer, q]
-        over = max(0.0, old_p + change - cap) + max(0.0, old_q - change - cap)
-        over -= max(0.0, old_p - cap) + max(0.0, old_q - cap)
-        gain = swap_gain(pairs, layer, a, b) - price * over
+        gain = swap_gain(pairs, layer, a, b)
+        gain += load_cost(pairs, layer, old_p, price) + load_cost(pairs, layer, old_q, price)
+        gain -= load_cost(pairs, layer, old_p + change, price)
+        gain -= load_cost(pairs, layer, old_q - change, price)
         if gain > temperature * math.log((1.0 + draw(rng, DRAWS)) / DRAWS):
             for expert, source, target in ((a, p, q), (b, q, p)):
                 add_pull(pairs, layer, expert, source, np.float32(-1.0))

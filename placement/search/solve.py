@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from placement.search.anneal import anneal
-from placement.search.caps import expected_imbalance
+from placement.search.caps import (
+    LEAST_HEADROOM,
+    NOISE_SHARE,
+    Caps,
+    expected_imbalance,
+    steered,
+)
 from placement.search.outlook import fit_outlook
 from placement.search.replicas import fill_spare_slots
 from placement.search.state import (
@@ -29,11 +35,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOVES_PER_EXPERT = 12
-COST_PER_STEP = 3e7
+COST_PER_STEP = 1.5e7
 FILL_SAMPLE = 8000
-HEADROOM, LEAST_HEADROOM = 0.62, 0.25
-NOISE_SHARE = 0.5
-LOW_PENALTY, HIGH_PENALTY = 2.0, 20.0
+LOW_PRICE, HIGH_PRICE = 2.0, 20.0
+REPAIRS, REPAIR_PRICE = 3, 100.0
+FIRST_PRICE, HASTE = 1.2, 2.0
 
 
 class Stage(NamedTuple):
@@ -45,9 +51,15 @@ class Stage(NamedTuple):
     sample: int
 
 
-REPLICA_STAGES = (Stage(0.2, 0.05, 14, 4000), Stage(0.05, 0.02, 8, 8000))
-LAST_REPLICA_STAGE = Stage(0.02, 0.005, 10, 24000)
-LAST_STAGE = Stage(0.02, 0.005, 6, 16000)
+REPLICA_STAGES = (Stage(0.2, 0.05, 28, 4000), Stage(0.05, 0.02, 16, 8000))
+LAST_REPLICA_STAGES = (Stage(0.02, 0.01, 10, 24000), Stage(0.01, 0.005, 10, 24000))
+LAST_STAGES = (
+    Stage(0.05, 0.03, 4, 8000),
+    Stage(0.03, 0.015, 4, 8000),
+    Stage(0.015, 0.008, 4, 16000),
+    Stage(0.008, 0.004, 4, 16000),
+)
+REPAIR_STAGE = Stage(0.004, 0.002, 2, 1 << 40)
 
 
 @dataclass(kw_only=True)
@@ -66,6 +78,7 @@ class Search:
         looks_ahead: whether owners follow an outlook.
         max_moves: copies that may be somewhere new; None: any number.
         deadline: when to stop, by `time.monotonic`; None: never.
+        price: of uneven load, in rows a token; found as the search goes on.
     """
 
     tokens: Tokens
@@ -79,6 +92,7 @@ class Search:
     looks_ahead: bool = False
     max_moves: int | None = None
     deadline: float | None = None
+    price: float = FIRST_PRICE
 
     @property
     def is_late(self) -> bool:
@@ -95,20 +109,22 @@ class Search:
             outlook = fit_outlook(self.tokens, self.machine, self.layout)
             self.machine = self.machine._replace(outlook=outlook)
 
-    def limits(self, flow: Flow, cap: float, node_cap: float) -> Limits:
+    def limits(self, flow: Flow, caps: Caps) -> Limits:
         """Caps on load as absolute numbers, and the rules of this search."""
         total = flow.load.sum(axis=1)
-        nodes = len(self.machine.ranks_of_node)
+        width, nodes = len(self.machine.node_of_rank), len(self.machine.ranks_of_node)
         return Limits(
-            rank_load=total * (cap / len(self.machine.node_of_rank)),
-            node_load=total * (node_cap / nodes if nodes > 1 else np.inf),
+            rank_load=total * (caps.rank / width),
+            node_load=total * (caps.node / nodes if nodes > 1 else np.inf),
+            even_load=total * (caps.even / width),
+            price=np.array([0.0, LOW_PRICE]),
             origin=self.origin,
             replicas=np.array([int(self.replicas)]),
             spread=np.array([int(self.spread)]),
             budget=np.array([1 << 40 if self.max_moves is None else self.max_moves]),
         )
 
-    def problem(self, sample: int, caps: tuple[float, float], seed: int) -> Problem:
+    def problem(self, sample: int, caps: Caps, seed: int) -> Problem:
         """All that the loops need, on the first `sample` tokens."""
         experts = self.layout.hosts.shape[1]
         tokens = self.tokens
@@ -117,11 +133,11 @@ class Search:
         flow = make_flow(tokens, self.machine, self.layout)
         scratch = make_scratch(flow, seed=seed)
         scratch.moved[0] = np.bitwise_count(self.layout.hosts & ~self.origin).sum()
-        limits = self.limits(flow, *caps)
+        limits = self.limits(flow, caps)
         return Problem(tokens, self.machine, self.layout, flow, limits, scratch)
 
-    def cool(self, stage: Stage, *, effort: float, caps: tuple[float, float], top: float) -> None:
-        """Anneals on a sample of the tokens; the price of excess load rises to `top`."""
+    def cool(self, stage: Stage, *, effort: float, caps: Caps, top: float) -> None:
+        """Anneals on a sample of the tokens; the price of load above caps rises to `top`."""
         layers, experts = self.layout.hosts.shape
         _, count, top_k = self.tokens.expert_ids.shape
         sample = int(stage.sample * max(1.0, effort))
@@ -130,24 +146,32 @@ class Search:
         affordable = COST_PER_STEP / top_k / (48 + users / 5)
         moves = int(min(MOVES_PER_EXPERT * layers * experts, affordable))
         heats = np.geomspace(stage.hot, stage.cold, stage.steps) * users
-        prices = np.geomspace(LOW_PENALTY, top, stage.steps)
-        for heat, price in zip(heats, prices, strict=True):
+        over = np.geomspace(LOW_PRICE, top, stage.steps)
+        price = problem.limits.price
+        for heat, price[1] in zip(heats, over, strict=True):
             if self.is_late:
                 return
-            anneal(problem, max(1, int(moves * effort)), float(heat), float(price))
+            price[0] = self.price
+            anneal(problem, max(1, int(moves * effort)), float(heat))
+            self.price = steered(self.price, problem.flow.load, caps.mean, HASTE)
 
 
-def solve(search: Search, *, cap: float, node_cap: float, effort: float) -> None:
+def solve(search: Search, *, wanted: Caps, effort: float) -> None:
     """Anneals a layout. Stopped early by its deadline or Ctrl-C, it keeps the layout so far."""
-    caps = (within(cap), within(node_cap))
+    caps = wanted.within()
     try:
         if search.replicas and search.max_moves is None:
             for stage in REPLICA_STAGES:
-                search.cool(stage, effort=effort, caps=caps, top=LOW_PENALTY)
+                search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
         search.look_ahead()
-        caps = (tightened(search, cap), within(node_cap))
-        last = LAST_REPLICA_STAGE if search.replicas else LAST_STAGE
-        search.cool(last, effort=effort, caps=caps, top=HIGH_PENALTY)
+        caps = caps._replace(mean=tightened(search, wanted.mean, caps.mean))
+        for stage in LAST_REPLICA_STAGES if search.replicas else LAST_STAGES:
+            search.look_ahead()
+            search.cool(stage, effort=effort, caps=caps, top=HIGH_PRICE)
+        for _ in range(REPAIRS):
+            if imbalance_of(search.flow().load).max() <= wanted.rank:
+                break
+            search.cool(REPAIR_STAGE, effort=1.0, caps=caps, top=REPAIR_PRICE)
     except KeyboardInterrupt:
         return
     finally:
@@ -157,17 +181,12 @@ def solve(search: Search, *, cap: float, node_cap: float, effort: float) -> None
             search.look_ahead()  # again for the final layout; with copies it would move load
 
 
-def tightened(search: Search, cap: float) -> float:
-    """The cap to keep on these tokens, lower where the load of other sequences is less certain.
+def tightened(search: Search, wanted: float, mean: float) -> float:
+    """The mean to keep on these tokens, lower where the load of other sequences is less certain.
 
     The whole of the expected difference would be too cautious for text of the same mix.
     """
     flow = search.flow()
     elsewhere = expected_imbalance(flow, search.sequence, seed=search.seed).mean()
     noise = float(elsewhere - imbalance_of(flow.load).mean())
-    return max(1 + (cap - 1) * LEAST_HEADROOM, min(within(cap), cap - NOISE_SHARE * noise))
-
-
-def within(cap: float) -> float:
-    """The cap to keep on the tokens at hand so that `cap` holds on others."""
-    return 1 + (cap - 1) * HEADROOM
+    return max(1 + (wanted - 1) * LEAST_HEADROOM, min(mean, wanted - NOISE_SHARE * noise))

@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from placement.search.caps import steered
 from placement.search.pairs import Pairs, count_pairs, fill_pull, swap_experts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from placement.search.caps import Caps
     from placement.search.state import Machine, Tokens
 
 SWAPS_PER_EXPERT, MAX_COST = 400, 32e6
 STEPS = 40
 HOT, COLD = 1.0, 0.01
 LOW_PRICE, HIGH_PRICE = 1.0, 16.0
+FIRST_PRICE, HASTE = 4.0, 0.5
 TRANSITION_WEIGHT = 0.3
 
 
@@ -25,7 +28,7 @@ def anneal_pairs(
     machine: Machine,
     *,
     num_experts: int,
-    cap: float,
+    caps: Caps,
     seed: int,
     effort: float = 1.0,
 ) -> NDArray[np.int64]:
@@ -33,20 +36,22 @@ def anneal_pairs(
 
     For top-1 the weight of a transition is what it costs to leave the rank, so the value is exact.
     """
-    pairs = _make_pairs(tokens, machine, num_experts, cap)
+    pairs = _make_pairs(tokens, machine, num_experts, caps)
     fill_pull(pairs)
     rng = np.random.default_rng(seed).integers(1, 2**63, size=1, dtype=np.uint64)
     layers, _, top_k = tokens.expert_ids.shape
     unit = float(tokens.weight.sum()) * top_k / num_experts
     most = MAX_COST / max(64, num_experts)  # a swap costs as much as a layer has experts
     moves = max(500, int(min(SWAPS_PER_EXPERT * layers * num_experts, most) * effort))
-    prices = np.geomspace(LOW_PRICE, HIGH_PRICE, STEPS)
-    for heat, price in zip(np.geomspace(HOT, COLD, STEPS), prices, strict=True):
-        swap_experts(pairs, rng, moves, float(heat * unit), float(price))
+    over = np.geomspace(LOW_PRICE, HIGH_PRICE, STEPS)
+    price = np.array([FIRST_PRICE, 0.0])
+    for heat, price[1] in zip(np.geomspace(HOT, COLD, STEPS), over, strict=True):
+        swap_experts(pairs, rng, moves, float(heat * unit), price)
+        price[0] = steered(price[0], pairs.rank_load, caps.mean, HASTE)
     return pairs.rank_of
 
 
-def _make_pairs(tokens: Tokens, machine: Machine, num_experts: int, cap: float) -> Pairs:
+def _make_pairs(tokens: Tokens, machine: Machine, num_experts: int, caps: Caps) -> Pairs:
     layers, _, top_k = tokens.expert_ids.shape
     width, nodes = len(machine.node_of_rank), len(machine.ranks_of_node)
     within = np.zeros((layers, num_experts, num_experts), dtype=np.float32)
@@ -71,7 +76,8 @@ def _make_pairs(tokens: Tokens, machine: Machine, num_experts: int, cap: float) 
         rank_pull=np.zeros((layers, num_experts, width), dtype=np.float32),
         node_pull=np.zeros((layers, num_experts, nodes), dtype=np.float32),
         rank_load=np.stack([np.bincount(r, weights=w, minlength=width) for r, w in loads]),
-        cap=load.sum(axis=1) * (cap / width),
+        cap=load.sum(axis=1) * (caps.rank / width),
+        even=load.sum(axis=1) * (caps.even / width),
     )
 
 

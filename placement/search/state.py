@@ -91,6 +91,8 @@ class Limits(NamedTuple):
     Attributes:
         rank_load: float64 (L,) cap on the token load of a rank.
         node_load: float64 (L,) cap on the token load of a node.
+        even_load: float64 (L,) token load of a rank from which on load has a price.
+        price: float64 (2,) price of load above `even_load`, and of load above a cap.
         origin: uint64 (L, E) bits of the ranks with a copy before the search.
         replicas: int64 (1,) 1 if experts may have several copies.
         spread: int64 (1,) 1 if copies of an expert must be on different nodes.
@@ -99,6 +101,8 @@ class Limits(NamedTuple):
 
     rank_load: NDArray[np.float64]
     node_load: NDArray[np.float64]
+    even_load: NDArray[np.float64]
+    price: NDArray[np.float64]
     origin: NDArray[np.uint64]
     replicas: NDArray[np.int64]
     spread: NDArray[np.int64]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placement.plan import PlacementPlan, Strategy
-from placement.search.caps import expected_imbalance
-from placement.search.solve import Search, solve, within
+from placement.search.caps import Caps, expected_imbalance
+from placement.search.solve import Search, solve
 from placement.search.start import anneal_pairs
 from placement.search.state import (
     hosts_of,
@@ -55,7 +55,8 @@ def place(
     """The plan with the fewest rows that annealing finds.
 
     Without `options.max_imbalance` the cap is 1.2, or as near as a layer can come to it; with
-    infinity there is none.
+    infinity there is none. The mean over layers is aimed at, on other tokens, within
+    `options.mean_imbalance`, or the cap.
 
     Raises:
         StrategyError: if the slots cannot hold the experts, or no plan keeps `max_imbalance`.
@@ -65,9 +66,8 @@ def place(
     if topology.num_ranks > MAX_RANKS:
         return place_by_node(place, trace, topology, num_slots, options)
     search = _start(trace, topology, num_slots, options)
-    cap = options.max_imbalance or DEFAULT_MAX_IMBALANCE
-    node_cap = 1 + (cap - 1) * NODE_SHARE_OF_EXCESS
-    solve(search, cap=cap, node_cap=node_cap, effort=options.effort)
+    caps = _caps(options)
+    solve(search, wanted=caps, effort=options.effort)
     flow = search.flow()
     if options.max_imbalance is not None:
         _check_cap(flow.load, options.max_imbalance, trace)
@@ -80,7 +80,8 @@ def place(
             name="affinity",
             seed=options.seed,
             options=options.summary(
-                slots_per_rank=num_slots, max_imbalance=cap if np.isfinite(cap) else None
+                slots_per_rank=num_slots,
+                max_imbalance=caps.rank if np.isfinite(caps.rank) else None,
             ),
         ),
     )
@@ -91,6 +92,13 @@ def place(
         "imbalance_mean_elsewhere": round(float(elsewhere), 4),
     }
     return replace(plan, predicted=predicted, outlook=_tuples(search.machine.outlook))
+
+
+def _caps(options: PlacementOptions) -> Caps:
+    mean = options.mean_imbalance
+    rank = options.max_imbalance or max(DEFAULT_MAX_IMBALANCE, 2 * (mean or 1) - 1)
+    mean = mean or rank
+    return Caps(rank=rank, node=1 + (mean - 1) * NODE_SHARE_OF_EXCESS, mean=mean)
 
 
 def _tuples(outlook: NDArray[np.int32]) -> Outlook:
@@ -139,7 +147,7 @@ def _fresh_hosts(
             tokens,
             machine,
             num_experts=experts,
-            cap=within(options.max_imbalance or DEFAULT_MAX_IMBALANCE),
+            caps=_caps(options).within(),
             seed=options.seed + start,
             effort=options.effort,
         )

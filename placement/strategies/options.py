@@ -29,6 +29,8 @@ class PlacementOptions:
     Attributes:
         seed: of every random choice; the same seed gives the same plan on any machine.
         max_imbalance: cap on max / mean token load over the ranks of a layer; None: the strategy's.
+        mean_imbalance: what the mean of that over layers should be at most on tokens not seen; None:
+            `max_imbalance`. With a cap above it, layers share their unevenness as serves rows best.
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None means all.
         effort: how much search; 1 is the default, half takes half the time.
@@ -42,6 +44,7 @@ class PlacementOptions:
 
     seed: int = 0
     max_imbalance: float | None = None
+    mean_imbalance: float | None = None
     protocol: Protocol = "coherent"
     coherence_domain: int | None = None
     effort: float = 1.0
@@ -56,9 +59,11 @@ class PlacementOptions:
         if self.protocol not in PROTOCOLS:
             msg = f"unknown protocol {self.protocol!r}; choose home or coherent"
             raise StrategyError(msg)
-        if self.max_imbalance is not None and not self.max_imbalance >= 1.0:
-            msg = f"max_imbalance is max / mean load, at least 1, got {self.max_imbalance}"
-            raise StrategyError(msg)
+        for name in ("max_imbalance", "mean_imbalance"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1.0:
+                msg = f"{name} is max / mean load, at least 1, got {value}"
+                raise StrategyError(msg)
         if not self.effort > 0 or not 0 <= self.intra_node_cost <= 1:
             msg = (
                 f"effort must be above 0 and intra_node_cost from 0 to 1, "
@@ -80,6 +85,7 @@ class PlacementOptions:
             "protocol": self.protocol,
             "coherence_domain": self.coherence_domain,
             "max_imbalance": self.max_imbalance,
+            "mean_imbalance": self.mean_imbalance,
             "effort": self.effort,
             "max_moves": self.max_moves,
             "spread": self.spread or None,

@@ -7,6 +7,7 @@ import pytest
 
 from placement.plan import PlacementPlan, Strategy
 from placement.search.anneal import anneal
+from placement.search.caps import Caps, steered
 from placement.search.outlook import fit_outlook
 from placement.search.replicas import fill_spare_slots
 from placement.search.solve import Search
@@ -14,7 +15,7 @@ from placement.search.start import anneal_pairs
 from placement.search.state import hosts_of, make_flow, make_layout, make_machine, make_tokens
 from placement.search.walk import total_cost
 from placement.topology import Topology
-from placement.traffic import count_traffic, crossing_rate
+from placement.traffic import count_traffic, crossing_rate, imbalance_of
 from planted import planted_trace, random_trace
 
 TOPOLOGIES = [(1, 4, None), (2, 2, None), (2, 2, 2), (2, 4, 4), (4, 1, 1), (3, 2, None)]
@@ -41,6 +42,10 @@ def plan_of(hosts, trace, topology):
 
 def with_outlook(plan, outlook):
     return replace(plan, outlook=tuple(tuple(map(tuple, layer)) for layer in outlook.tolist()))
+
+
+def caps(cap):
+    return Caps(rank=cap, node=cap, mean=cap)
 
 
 def search_on(trace, topology, *, extra=0, slots=None, domain=None, seed=0, **fields):
@@ -116,8 +121,8 @@ def test_annealing_keeps_its_books_true(nodes, per_node, domain, extra):
     trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
     topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
     search = search_on(trace, topology, extra=extra, domain=domain)
-    problem = search.problem(1 << 40, (1.5, 1.5), 7)
-    assert anneal(problem, 300, 20.0, 2.0) > 0
+    problem = search.problem(1 << 40, caps(1.5), 7)
+    assert anneal(problem, 300, 20.0) > 0
     fresh = make_flow(search.tokens, search.machine, search.layout)
     for name in ("owner", "choice", "load"):
         assert (getattr(problem.flow, name) == getattr(fresh, name)).all(), name
@@ -128,17 +133,42 @@ def test_annealing_keeps_its_books_true(nodes, per_node, domain, extra):
 def test_a_high_price_of_excess_load_keeps_the_cap():
     trace = planted_trace(tokens=800, experts=16, top_k=2, topics=4)
     search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4))
-    problem = search.problem(1 << 40, (1.15, 1.15), 3)
+    problem = search.problem(1 << 40, caps(1.15), 3)
+    problem.limits.price[:] = (0.0, 50.0)
     for heat in (30.0, 10.0, 3.0):
-        anneal(problem, 2000, heat, 50.0)
+        anneal(problem, 2000, heat)
     load = problem.flow.load
     assert (load.max(axis=1) <= 1.15 * load.mean(axis=1)).all()
+
+
+def test_a_price_of_uneven_load_makes_it_more_even_below_the_cap():
+    trace = planted_trace(tokens=1600, experts=16, top_k=2, topics=8, noise=0.6)
+    uses = np.where((trace.expert_ids < 4).any(axis=(1, 2)), 1, 4)  # some experts have more load
+    trace = trace.select(np.repeat(np.arange(1600), uses))
+    mean = {}
+    for price in (0.0, 1.0):
+        search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4))
+        problem = search.problem(1 << 40, Caps(rank=9.0, node=9.0, mean=1.0), 3)
+        problem.limits.price[:] = (price, 50.0)
+        for heat in (30.0, 10.0, 3.0):
+            anneal(problem, 2000, heat)
+        mean[price] = imbalance_of(problem.flow.load).mean()
+    assert mean[1.0] < mean[0.0] - 0.02
+
+
+def test_the_price_of_uneven_load_follows_what_is_wanted():
+    load = np.array([[12.0, 8.0], [11.0, 9.0]])
+    assert steered(2.0, load, 1.15, 1.0) == pytest.approx(2.0)
+    assert steered(2.0, load, 1.10, 1.0) == pytest.approx(3.0)
+    assert steered(2.0, load, 1.30, 1.0) == pytest.approx(1.0)
+    assert steered(2.0, load, 1.0, 1.0) == 4.0
+    assert steered(2.0, load, np.inf, 1.0) == 0.0
 
 
 def test_a_budget_of_moves_is_kept():
     trace = planted_trace(experts=16)
     search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4), max_moves=6)
-    anneal(search.problem(1 << 40, (9.0, 9.0), 3), 3000, 10.0, 2.0)
+    anneal(search.problem(1 << 40, caps(9.0), 3), 3000, 10.0)
     moved = int(np.bitwise_count(search.layout.hosts & ~search.origin).sum())
     assert 0 < moved <= 6
 
@@ -147,7 +177,7 @@ def test_spread_copies_are_on_different_nodes():
     trace = planted_trace(experts=8)
     topology = Topology(num_nodes=2, ranks_per_node=2)
     search = search_on(trace, topology, slots=4, spread=True)
-    anneal(search.problem(1 << 40, (9.0, 9.0), 3), 3000, 10.0, 2.0)
+    anneal(search.problem(1 << 40, caps(9.0), 3), 3000, 10.0)
     hosts = hosts_of(search.layout, 8)
     by_node = hosts.reshape(trace.num_layers, 8, 2, 2).sum(axis=3)
     assert hosts.sum() > trace.num_layers * 8
@@ -159,7 +189,7 @@ def test_pair_annealing_finds_the_planted_groups_of_a_top1_path():
     topology = Topology(num_nodes=1, ranks_per_node=4)
     machine = make_machine(topology, domain=None, intra=1.0, inter=1.0)
     tokens = make_tokens(trace, num_ranks=4, seed=0)
-    rank_of = anneal_pairs(tokens, machine, num_experts=16, cap=9.0, seed=0)
+    rank_of = anneal_pairs(tokens, machine, num_experts=16, caps=caps(9.0), seed=0)
     hosts = rank_of[:, :, None] == np.arange(4)
     assert hosts.sum(axis=1).max() == 4
     assert crossing_rate(trace, plan_of(hosts, trace, topology)) == 0.0
@@ -170,7 +200,7 @@ def test_a_search_repeats_itself():
     layouts = []
     for _ in range(2):
         search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4))
-        anneal(search.problem(1 << 40, (9.0, 9.0), 3), 500, 5.0, 2.0)
+        anneal(search.problem(1 << 40, caps(9.0), 3), 500, 5.0)
         layouts.append(search.layout.slots.copy())
     assert (layouts[0] == layouts[1]).all()
 
@@ -178,7 +208,7 @@ def test_a_search_repeats_itself():
 def test_spare_slots_are_all_filled_and_the_flow_stays_true():
     trace = planted_trace(tokens=400, experts=8, top_k=2, topics=4)
     search = search_on(trace, Topology(num_nodes=1, ranks_per_node=4), slots=4)
-    problem = search.problem(1 << 40, (9.0, 9.0), 0)
+    problem = search.problem(1 << 40, caps(9.0), 0)
     before = problem.flow.cost.sum()
     fill_spare_slots(problem)
     assert (search.layout.slots >= 0).all()
