@@ -32,7 +32,7 @@ BASELINES = ("linear", "round_robin", "random", "balanced", "metis", "moetuner",
 MACHINES = ((1, 4), (1, 8), (2, 2), (2, 4))
 CAPS = {"gptoss20b_decode": {4: 1.10, 8: 1.15}}
 DEFAULT_CAP = 1.15
-CAP_SHARES = (1.0, 0.7, 1.35)
+MEAN_SHARES = (1.0, 0.85, 0.7)
 FRONTIER = (1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 SCALES = {"deepseek-v3": (58, 256, 8)}
 
@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--milp-seconds", type=float, default=120.0)
     parser.add_argument("--effort", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strategies", default=",".join((*BASELINES, "affinity")))
     parser.add_argument(
         "--parts", default="cells,crossing,null,shift,homing,frontier", help="what to run"
     )
@@ -107,11 +108,14 @@ def cells(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
         ):
             bound = lower_bound(held_out, topology, slots_per_rank=slots)
             for strategy in strategies:
+                if strategy not in args.strategies.split(","):
+                    continue
                 is_ours = strategy == "affinity"
-                for asked in caps_around(cap) if is_ours else [cap]:
+                for asked in means_up_to(cap) if is_ours else [cap]:
                     options = PlacementOptions(
                         seed=args.seed,
-                        max_imbalance=asked,
+                        max_imbalance=None if is_ours else cap,
+                        mean_imbalance=asked if is_ours else None,
                         effort=args.effort,
                         time_limit=None if is_ours else args.milp_seconds,
                     )
@@ -119,9 +123,9 @@ def cells(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
                     yield {**row, "cap": asked, "bound": round(bound.rows_per_token, 3)}
 
 
-def caps_around(cap: float) -> list[float]:
-    """Caps to ask for: the load of tokens not seen is less even than that of the fitted ones."""
-    return [round(1 + (cap - 1) * share, 4) for share in CAP_SHARES]
+def means_up_to(cap: float) -> list[float]:
+    """Mean imbalances to ask for: the load of tokens not seen may be less even than foreseen."""
+    return [round(1 + (cap - 1) * share, 4) for share in MEAN_SHARES]
 
 
 def cell(
