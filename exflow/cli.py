@@ -13,8 +13,10 @@ COMMANDS = {
     "sample-corpus": "exflow.commands.sample_corpus",
     "profile": "exflow.commands.profile",
     "record": "exflow.commands.record",
+    "convert-deepspeed": "exflow.commands.convert_deepspeed",
     **placement.cli.COMMANDS,
     "run": "exflow.commands.run",
+    "bench": "exflow.commands.bench",
     "report": "exflow.commands.report",
 }
 
