@@ -101,6 +101,6 @@ def table(title: str, result: dict[str, Any]) -> str:
             row.get("rows_between_per_token", ""),
             result.get("speedup", {}).get(arm.replace("/", "_")) or "",
         )
-        ran = f"  {row['ran']}" if arm.startswith("auto") else ""
+        ran = f"  {row['ran']}" if arm.startswith("auto/") else ""
         lines.append(f"  {arm:20}" + "".join(f"{cell:>14}" for cell in cells) + ran)
     return "\n".join(lines)

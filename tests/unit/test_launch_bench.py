@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from scripts.peers.exflow_run import bytes_between, rows_between
 from scripts.peers.hf_decode import greedy
-from scripts.peers.summary import ms_by_part, summarise
+from scripts.peers.summary import ms_by_part, summarise, table
 from scripts.planted_model import Shape, write_model
 
 SMALL = Shape(
@@ -73,6 +73,22 @@ def test_an_arm_that_fails_or_says_other_tokens_is_marked_and_not_compared():
     assert result["arms"]["home/linear"]["failed"] is None
     assert "differ from the unsharded" in result["arms"]["autoep"]["failed"]
     assert result["arms"]["deepspeed_moe"]["failed"] == "TypeError: no"
+
+
+def test_the_table_has_a_line_an_arm_and_says_what_auto_ran():
+    expected = [[1, 2]]
+    arms = [arm(name, 100.0, expected) for name in ("coherent/affinity", "autoep")]
+    ours = arm("auto/affinity", 100.0, expected)
+    counts = {"own_bytes_per_token": 8.0, "rows_per_token": 1.0, "rows_between": 1, "num_tokens": 1}
+    known = {"ran": "home, domain 1", "measured_equals_predicted": True, "ms_by_part": {}}
+    ours["runs"] = [run | counts | known for run in ours["runs"]]
+    lines = table("a model", summarise([*arms, ours], expected)).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [
+        "coherent/affinity",
+        "autoep",
+        "auto/affinity",
+    ]
+    assert lines[-1].endswith("home, domain 1")
 
 
 @pytest.fixture(scope="module")
