@@ -17,6 +17,7 @@ COMMANDS = {
     **placement.cli.COMMANDS,
     "run": "exflow.commands.run",
     "bench": "exflow.commands.bench",
+    "bench": "exflow.commands.bench",
     "report": "exflow.commands.report",
 }
 
