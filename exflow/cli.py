@@ -17,7 +17,6 @@ COMMANDS = {
     **placement.cli.COMMANDS,
     "run": "exflow.commands.run",
     "bench": "exflow.commands.bench",
-    "bench": "exflow.commands.bench",
     "report": "exflow.commands.report",
 }
 
