@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,10 @@ def convert_deepspeed(source: Path, output: Path, options: GptOptions) -> dict[s
     config |= {"num_experts": len(checkpoint.experts[0]), "n_inner": checkpoint.inner_size()}
     for name in [name for name in tensors if ".attn.c_attn." in name]:
         tensors[name] = _heads_last(tensors[name], num_heads)
-    output.mkdir(parents=True, exist_ok=True)
-    writer = _ShardWriter(output, num_shards=1 + len(checkpoint.experts))
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = _ShardWriter(partial, num_shards=1 + len(checkpoint.experts))
     writer.write(tensors)
     for number in range(len(checkpoint.experts)):
         layer = checkpoint.layer(number)
@@ -107,7 +110,8 @@ def convert_deepspeed(source: Path, output: Path, options: GptOptions) -> dict[s
         writer.write(experts)
     writer.finish()
     text = json.dumps(config, indent=2) + "\n"
-    (output / "config.json").write_text(text, encoding="utf-8")
+    (partial / "config.json").write_text(text, encoding="utf-8")
+    partial.replace(output)
     return config
 
 

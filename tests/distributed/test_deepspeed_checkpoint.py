@@ -100,6 +100,27 @@ def test_megatrons_arguments_are_believed(copied, tmp_path):
     assert config["activation_function"] == "gelu"
 
 
+def test_the_nested_dicts_that_megatron_saves_are_read_alike(saved, copied, tmp_path):
+    path = copied / "mp_rank_00_model_states.pt"
+    state = load_state(path)
+    module = {name.removeprefix("language_model."): t for name, t in state["module"].items()}
+    nested = {"embedding": {"word_embeddings": {}, "position_embeddings": {}}, "encoder": {}}
+    for name, tensor in module.items():
+        first, _, rest = name.partition(".")
+        if first == "embedding":
+            table, _, kind = rest.partition(".")
+            nested["embedding"][table][kind] = tensor
+        else:
+            nested["encoder"][rest] = tensor
+    torch.save(state | {"module": {"language_model": nested}}, path)
+    convert_deepspeed(saved[0], tmp_path / "flat", OPTIONS)
+    convert_deepspeed(copied, tmp_path / "nested", OPTIONS)
+    files = sorted(file.name for file in (tmp_path / "flat").iterdir())
+    assert len(files) == 5
+    for file in files:
+        assert (tmp_path / "flat" / file).read_bytes() == (tmp_path / "nested" / file).read_bytes()
+
+
 class NotPlain:
     """Something whose pickle runs code."""
 
@@ -168,7 +189,7 @@ def test_what_cannot_be_converted_is_refused_with_what_to_do(copied, tmp_path, s
     spoil(copied)
     with pytest.raises(CheckpointError, match=message):
         convert_deepspeed(copied, tmp_path / "converted", OPTIONS)
-    assert not (tmp_path / "converted/config.json").exists()
+    assert not (tmp_path / "converted").exists()
 
 
 def test_a_pickle_that_would_run_code_does_not(copied, tmp_path):
