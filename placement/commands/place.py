@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from placement.traffic import Traffic
 
 TABLE = ("linear", "round_robin", "balanced", "exflow_milp")
-TABLE_SOLVER_SECONDS = 3.0
+TABLE_SOLVER_SECONDS = 2.0
 
 
 def place(

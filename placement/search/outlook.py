@@ -24,20 +24,22 @@ if TYPE_CHECKING:
 
 RIDGE = 5.0
 STEPS_PER_ROW = 32
-MOST_VISITS = 1e7
 
 
-def fit_outlook(tokens: Tokens, machine: Machine, layout: Layout) -> NDArray[np.int32]:
+def fit_outlook(
+    tokens: Tokens, machine: Machine, layout: Layout, *, visits: float
+) -> NDArray[np.int32]:
     """(L, E, W) whole numbers from 0; the last layer's are 0.
 
     Args:
         tokens: in random order; where they are many, the first ones are enough.
         machine: ranks and prices.
         layout: where experts are.
+        visits: of a token to a layer on a rank, to look at in all.
     """
     layers, count, top_k = tokens.expert_ids.shape
     experts, width = layout.hosts.shape[1], len(machine.node_of_rank)
-    sample = min(count, max(2000, int(MOST_VISITS / (layers * width))))
+    sample = min(count, max(2000, int(visits / (layers * width))))
     outlook = np.zeros((layers, experts, width), dtype=np.int32)
     choice = np.zeros(top_k, dtype=np.int64)
     for layer in range(layers - 1):

@@ -34,9 +34,10 @@ from placement.traffic import imbalance_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MOVES_PER_EXPERT = 12
-COST_PER_STEP = 1.5e7
+MOVES_PER_EXPERT = 6
+COST_PER_STEP = 7.5e6
 FILL_SAMPLE = 8000
+VISITS, QUICK_VISITS = 1e7, 2e6
 LOW_PRICE, HIGH_PRICE = 2.0, 20.0
 REPAIRS, REPAIR_PRICE = 3, 100.0
 FIRST_PRICE, HASTE = 1.2, 2.0
@@ -103,10 +104,10 @@ class Search:
         """How the tokens travel now."""
         return make_flow(self.tokens, self.machine, self.layout)
 
-    def look_ahead(self) -> None:
-        """Fits the outlook to the layout as it is."""
+    def look_ahead(self, visits: float) -> None:
+        """Fits the outlook to the layout as it is, by so many visits of tokens to layers."""
         if self.looks_ahead:
-            outlook = fit_outlook(self.tokens, self.machine, self.layout)
+            outlook = fit_outlook(self.tokens, self.machine, self.layout, visits=visits)
             self.machine = self.machine._replace(outlook=outlook)
 
     def limits(self, flow: Flow, caps: Caps) -> Limits:
@@ -163,11 +164,11 @@ def solve(search: Search, *, wanted: Caps, effort: float) -> None:
         if search.replicas and search.max_moves is None:
             for stage in REPLICA_STAGES:
                 search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
-        search.look_ahead()
+        search.look_ahead(QUICK_VISITS)
         caps = caps._replace(mean=tightened(search, wanted.mean, caps.mean))
         for stage in LAST_REPLICA_STAGES if search.replicas else LAST_STAGES:
-            search.look_ahead()
             search.cool(stage, effort=effort, caps=caps, top=HIGH_PRICE)
+            search.look_ahead(QUICK_VISITS)
         for _ in range(REPAIRS):
             if imbalance_of(search.flow().load).max() <= wanted.rank:
                 break
@@ -178,7 +179,7 @@ def solve(search: Search, *, wanted: Caps, effort: float) -> None:
         if search.replicas and search.max_moves is None:
             fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
         if not search.replicas:
-            search.look_ahead()  # again for the final layout; with copies it would move load
+            search.look_ahead(VISITS)  # again for the final layout; with copies it would move load
 
 
 def tightened(search: Search, wanted: float, mean: float) -> float:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from placement.search.caps import Caps
     from placement.search.state import Machine, Tokens
 
-SWAPS_PER_EXPERT, MAX_COST = 400, 32e6
+SWAPS_PER_EXPERT, MAX_COST = 200, 16e6
 STEPS = 40
 HOT, COLD = 1.0, 0.01
 LOW_PRICE, HIGH_PRICE = 1.0, 16.0

@@ -21,7 +21,6 @@ from placement.search.solve import Search, solve
 from placement.search.start import anneal_pairs
 from placement.search.state import (
     hosts_of,
-    make_flow,
     make_layout,
     make_machine,
     make_tokens,
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_IMBALANCE = 1.2
 NODE_SHARE_OF_EXCESS = 0.5
-PAIR_STARTS, MANY_EXPERTS = 2, 4000
 
 
 def place(
@@ -137,27 +135,16 @@ def _start(
 def _fresh_hosts(
     trace: RoutingTrace, tokens: Tokens, machine: Machine, options: PlacementOptions
 ) -> NDArray[np.bool_]:
-    """The layout of pair annealing that costs the tokens least, of several."""
-    experts, width = trace.num_experts, len(machine.node_of_rank)
-    starts = PAIR_STARTS if trace.num_layers * experts <= MANY_EXPERTS else 1
-    best: NDArray[np.bool_] | None = None
-    least = np.inf
-    for start in range(starts):
-        rank_of = anneal_pairs(
-            tokens,
-            machine,
-            num_experts=experts,
-            caps=_caps(options).within(),
-            seed=options.seed + start,
-            effort=options.effort,
-        )
-        hosts: NDArray[np.bool_] = rank_of[:, :, None] == np.arange(width)
-        layout = make_layout(hosts, slots_per_rank=-(-experts // width))
-        cost = total_cost(tokens, make_flow(tokens, machine, layout))
-        if best is None or cost < least:
-            best, least = hosts, cost
-    assert best is not None
-    return best
+    rank_of = anneal_pairs(
+        tokens,
+        machine,
+        num_experts=trace.num_experts,
+        caps=_caps(options).within(),
+        seed=options.seed,
+        effort=options.effort,
+    )
+    hosts: NDArray[np.bool_] = rank_of[:, :, None] == np.arange(len(machine.node_of_rank))
+    return hosts
 
 
 def _hosts_of_start(

@@ -108,7 +108,7 @@ def test_a_fitted_outlook_saves_rows_on_tokens_not_seen():
     hosts = random_hosts(trace, 4, 0, seed=1)
     machine = make_machine(topology, domain=None, intra=1.0, inter=1.0)
     tokens = make_tokens(fit, num_ranks=4, seed=0)
-    outlook = fit_outlook(tokens, machine, make_layout(hosts, slots_per_rank=12))
+    outlook = fit_outlook(tokens, machine, make_layout(hosts, slots_per_rank=12), visits=1e7)
     plan = plan_of(hosts, trace, topology)
     without = count_traffic(held_out, plan).rows_per_token()
     ahead = count_traffic(held_out, with_outlook(plan, outlook)).rows_per_token()
