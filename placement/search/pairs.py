@@ -150,3 +150,56 @@ def swap_experts(pairs: Pairs, rng: Array, moves: int, temperature: float, price
             pairs.rank_load[layer, q] -= change
             kept += 1
     return kept
+
+
+@kernel
+def seam(pairs: Pairs, layer: int, p: int, q: int) -> Number:
+    """What is gained between a layer and the one before if its experts on p and q trade places."""
+    experts = pairs.rank_of.shape[1]
+    gain = np.float32(0.0)
+    for a in range(experts):
+        here = pairs.rank_of[layer, a]
+        if here in (p, q):
+            for b in range(experts):
+                before = pairs.rank_of[layer - 1, b]
+                if before in (p, q):
+                    weight = pairs.back[layer - 1, a, b]
+                    gain += weight if before != here else -weight
+    return gain
+
+
+@kernel
+def exchange_ranks(pairs: Pairs, rng: Array, moves: int, temperature: float) -> int:
+    """Tries to exchange two ranks of a node over a run of layers; how many were kept.
+
+    Only pairs across the ends of the run change, so this finds what swaps of two experts cannot:
+    groups of experts that are well placed but for the layers before and after.
+    """
+    layers, width = pairs.rank_load.shape
+    kept = 0
+    for _ in range(moves):
+        p, q = draw(rng, width), draw(rng, width)
+        if p == q or pairs.node_of_rank[p] != pairs.node_of_rank[q]:
+            continue
+        first = draw(rng, layers)
+        last = first + draw(rng, layers - first)
+        gain = np.float32(0.0)
+        if first > 0:
+            gain += seam(pairs, first, p, q)
+        if last + 1 < layers:
+            gain += seam(pairs, last + 1, p, q)
+        if gain <= temperature * math.log((1.0 + draw(rng, DRAWS)) / DRAWS):
+            continue
+        kept += 1
+        for layer in range(first, last + 1):
+            for expert in range(pairs.rank_of.shape[1]):
+                here = pairs.rank_of[layer, expert]
+                if here in (p, q):
+                    other = p + q - here
+                    add_pull(pairs, layer, expert, here, np.float32(-1.0))
+                    add_pull(pairs, layer, expert, other, np.float32(1.0))
+                    pairs.rank_of[layer, expert] = other
+            old = pairs.rank_load[layer, p]
+            pairs.rank_load[layer, p] = pairs.rank_load[layer, q]
+            pairs.rank_load[layer, q] = old
+    return kept

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placement.search.caps import steered
-from placement.search.pairs import Pairs, count_pairs, fill_pull, swap_experts
+from placement.search.pairs import Pairs, count_pairs, exchange_ranks, fill_pull, swap_experts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from placement.search.state import Machine, Tokens
 
 SWAPS_PER_EXPERT, MAX_COST = 200, 16e6
-STEPS = 40
+STEPS, EXCHANGES_PER_SWAP = 40, 0.05
 HOT, COLD = 1.0, 0.01
 LOW_PRICE, HIGH_PRICE = 1.0, 16.0
 FIRST_PRICE, HASTE = 4.0, 0.5
@@ -36,7 +36,7 @@ def anneal_pairs(
 
     For top-1 the weight of a transition is what it costs to leave the rank, so the value is exact.
     """
-    pairs = _make_pairs(tokens, machine, num_experts, caps)
+    pairs = make_pairs(tokens, machine, num_experts, caps)
     fill_pull(pairs)
     rng = np.random.default_rng(seed).integers(1, 2**63, size=1, dtype=np.uint64)
     layers, _, top_k = tokens.expert_ids.shape
@@ -47,11 +47,13 @@ def anneal_pairs(
     price = np.array([FIRST_PRICE, 0.0])
     for heat, price[1] in zip(np.geomspace(HOT, COLD, STEPS), over, strict=True):
         swap_experts(pairs, rng, moves, float(heat * unit), price)
+        exchange_ranks(pairs, rng, int(moves * EXCHANGES_PER_SWAP), float(heat * unit))
         price[0] = steered(price[0], pairs.rank_load, caps.mean, HASTE)
     return pairs.rank_of
 
 
-def _make_pairs(tokens: Tokens, machine: Machine, num_experts: int, caps: Caps) -> Pairs:
+def make_pairs(tokens: Tokens, machine: Machine, num_experts: int, caps: Caps) -> Pairs:
+    """Pair weights, loads and the linear layout; the pulls are still zero."""
     layers, _, top_k = tokens.expert_ids.shape
     width, nodes = len(machine.node_of_rank), len(machine.ranks_of_node)
     within = np.zeros((layers, num_experts, num_experts), dtype=np.float32)

@@ -9,9 +9,10 @@ from placement.plan import PlacementPlan, Strategy
 from placement.search.anneal import anneal
 from placement.search.caps import Caps, steered
 from placement.search.outlook import fit_outlook
+from placement.search.pairs import exchange_ranks, fill_pull
 from placement.search.replicas import fill_spare_slots
 from placement.search.solve import Search
-from placement.search.start import anneal_pairs
+from placement.search.start import anneal_pairs, make_pairs
 from placement.search.state import hosts_of, make_flow, make_layout, make_machine, make_tokens
 from placement.search.walk import total_cost
 from placement.topology import Topology
@@ -193,6 +194,30 @@ def test_pair_annealing_finds_the_planted_groups_of_a_top1_path():
     hosts = rank_of[:, :, None] == np.arange(4)
     assert hosts.sum(axis=1).max() == 4
     assert crossing_rate(trace, plan_of(hosts, trace, topology)) == 0.0
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), [(1, 4), (2, 2)])
+def test_exchanging_ranks_over_layers_joins_groups_and_keeps_the_books(nodes, per_node):
+    trace = planted_trace(tokens=2000, experts=8, top_k=1, topics=8, noise=0.0)
+    topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
+    machine = make_machine(topology, domain=None, intra=0.5, inter=1.0)
+    tokens = make_tokens(trace, num_ranks=4, seed=0)
+    unbound = Caps(rank=np.inf, node=np.inf, mean=np.inf)
+    pairs = make_pairs(tokens, machine, trace.num_experts, unbound)
+    pairs.rank_of[3:] = (pairs.rank_of[3:] + 1) % 4
+    fill_pull(pairs)
+    rng = np.array([7], dtype=np.uint64)
+    before = pairs.rank_of.copy()
+    assert exchange_ranks(pairs, rng, 300, 1.0) > 0
+    assert (pairs.rank_of != before).any()
+    if nodes > 1:
+        assert (pairs.rank_of // 2 == before // 2).all()
+    again = pairs._replace(
+        rank_pull=np.zeros_like(pairs.rank_pull), node_pull=np.zeros_like(pairs.node_pull)
+    )
+    fill_pull(again)
+    assert np.allclose(pairs.rank_pull, again.rank_pull, atol=1e-2)
+    assert np.allclose(pairs.node_pull, again.node_pull, atol=1e-2)
 
 
 def test_a_search_repeats_itself():
