@@ -13,14 +13,13 @@ from placement.traffic import count_traffic, crossing_rate, imbalance_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
-
     from placement.plan import PlacementPlan
     from placement.topology import Topology
     from placement.trace import RoutingTrace
     from placement.traffic import Protocol, Traffic
 
 DRAWS = 1000
+LEAST_MEAN = 1.005
 
 
 def measure(
@@ -127,81 +126,19 @@ def evaluate_null(
     """Change of the top-1 path's rows by `affinity` where no affinity between layers is left.
 
     Tokens are shuffled in each layer, in the fitting and in the held-out half. The first choices
-    alone are looked at, since tokens keep their experts of one layer together. Load is left, so
-    the plan is compared with `balanced`, which knows nothing else.
+    alone are looked at, since tokens keep their experts of one layer together. Load is left: the
+    plan is compared with `balanced`, which knows nothing else, at the imbalance of `balanced` on
+    the fitting half, since experts that are used much and share a rank save rows by themselves.
     """
     halves = enumerate(trace.top1().split())
     fit, held_out = (half.shuffled_layers(seed) for seed, half in halves)
-    plans = [
-        get_strategy(name)(fit, topology, slots_per_rank=slots_per_rank, options=options)
-        for name in ("balanced", "affinity")
-    ]
+    balanced = get_strategy("balanced")(fit, topology, slots_per_rank=slots_per_rank)
+    mean = max(LEAST_MEAN, count_traffic(fit, balanced).imbalance()["mean"])
+    even = replace(options or PlacementOptions(), max_imbalance=None, mean_imbalance=mean)
+    affinity = get_strategy("affinity")(fit, topology, slots_per_rank=slots_per_rank, options=even)
+    plans = balanced, affinity
     traffic = [count_traffic(held_out, plan) for plan in plans]
     return bootstrap_change(held_out, *traffic)
-
-
-def domain_shift(
-    trace: RoutingTrace,
-    topology: Topology,
-    *,
-    slots_per_rank: int | None = None,
-    options: PlacementOptions | None = None,
-    min_sequences: int = 8,
-) -> dict[str, Any]:
-    """Gain over linear of plans fitted on each domain, and on all, measured on each domain.
-
-    Each domain is split by sequence; domains with fewer than `min_sequences` are left out. The plan
-    for all domains gives each of them the same weight.
-
-    Returns:
-        `domains`; `gain`, by fitted domain ("all" last), of each measured domain; `kept`, the gain
-        as a share of the gain of the domain's own plan.
-    """
-    names = [d for d in trace.domains if _sequences_of(trace, d) >= min_sequences]
-    halves = {name: trace.domain(name).split() for name in names}
-    options = options or PlacementOptions()
-    place, linear = get_strategy("affinity"), get_strategy("linear")
-    base = linear(trace, topology)
-    plans = {
-        name: place(halves[name][0], topology, slots_per_rank=slots_per_rank, options=options)
-        for name in names
-    }
-    fits = np.isin(
-        trace.sequence_ids, [s for fit, _ in halves.values() for s in np.unique(fit.sequence_ids)]
-    )
-    everything = trace.select(fits)
-    weighted = replace(options, token_weights=domain_weights(everything))
-    plans["all"] = place(everything, topology, slots_per_rank=slots_per_rank, options=weighted)
-    gain = {
-        fitted: {name: _gain(halves[name][1], base, plan) for name in names}
-        for fitted, plan in plans.items()
-    }
-    kept = {
-        fitted: {name: row[name] / gain[name][name] if gain[name][name] else 1.0 for name in names}
-        for fitted, row in gain.items()
-    }
-    return {"domains": names, "gain": gain, "kept": kept}
-
-
-def domain_weights(trace: RoutingTrace) -> NDArray[np.float32]:
-    """(tokens,) weights that give every domain of a trace the same total."""
-    if trace.domain_ids is None:
-        return np.ones(trace.num_tokens, dtype=np.float32)
-    counts = np.bincount(trace.domain_ids)
-    mean = trace.num_tokens / np.count_nonzero(counts)
-    return (mean / counts[trace.domain_ids]).astype(np.float32)
-
-
-def _sequences_of(trace: RoutingTrace, domain: str) -> int:
-    if trace.domain_ids is None:
-        return 0
-    of_domain = trace.domain_ids == trace.domains.index(domain)
-    return len(np.unique(trace.sequence_ids[of_domain]))
-
-
-def _gain(trace: RoutingTrace, base: PlacementPlan, plan: PlacementPlan) -> float:
-    rows = [count_traffic(trace, p).rows_per_token()["total"] for p in (base, plan)]
-    return 1 - rows[1] / rows[0]
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from placement.bounds import lower_bound
-from placement.evaluation import bootstrap_change, domain_shift, evaluate_null, measure
+from placement.domains import domain_shift
+from placement.evaluation import bootstrap_change, evaluate_null, measure
 from placement.homing import choose_homes
 from placement.strategies import PlacementOptions, StrategyError, get_strategy
 from placement.topology import Topology
@@ -205,14 +206,14 @@ def crossing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
 
 def null(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
     """The gain where tokens are shuffled in each layer."""
-    options = PlacementOptions(seed=args.seed, effort=args.effort / 2)
+    options = PlacementOptions(seed=args.seed, effort=args.effort)
     change = evaluate_null(trace, Topology(num_nodes=1, ranks_per_node=4), options=options)
     yield {"trace": name, **{key: round(value, 4) for key, value in change.items()}}
 
 
 def shift(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
     """Plans fitted on one domain, measured on the others."""
-    options = PlacementOptions(seed=args.seed, effort=args.effort / 2)
+    options = PlacementOptions(seed=args.seed, effort=args.effort)
     yield {
         "trace": name,
         **domain_shift(trace, Topology(num_nodes=1, ranks_per_node=4), options=options),
@@ -223,7 +224,7 @@ def homing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
     """Rows under `home` with request homes chosen from the first tokens."""
     fit, held_out = trace.split()
     topology = Topology(num_nodes=1, ranks_per_node=4)
-    options = PlacementOptions(seed=args.seed, effort=args.effort / 2, protocol="home")
+    options = PlacementOptions(seed=args.seed, effort=args.effort, protocol="home")
     plan = get_strategy("affinity")(fit, topology, options=options)
     for first in (0, 8, 32, 128, None):
         homes = None if first == 0 else choose_homes(held_out, plan, first_tokens=first)
@@ -242,7 +243,7 @@ def frontier(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
     base = -(-trace.num_experts // 4)
     for slots in (base, base * 5 // 4):
         for cap in FRONTIER:
-            options = PlacementOptions(seed=args.seed, effort=args.effort / 2, max_imbalance=cap)
+            options = PlacementOptions(seed=args.seed, effort=args.effort, max_imbalance=cap)
             try:
                 plan = get_strategy("affinity")(
                     fit, topology, slots_per_rank=slots, options=options

@@ -64,7 +64,11 @@ def place(
         bool, typer.Option("--spread", help="Keep the copies of an expert on different nodes.")
     ] = False,
     weights: Annotated[
-        str | None, typer.Option(help="What each trace counts for in all, such as 3,1.")
+        str | None,
+        typer.Option(
+            help="What each trace counts for in all, such as 3,1; fair: as much as it takes for all "
+            "to keep the same share of what each could gain (of one trace: its domains)."
+        ),
     ] = None,
     compare: Annotated[
         bool, typer.Option(help="Also fit on half of the sequences and measure on the others.")
@@ -74,6 +78,8 @@ def place(
     ] = False,
 ) -> None:
     """Place the experts of a model: write a plan, print what it is worth on held-out tokens."""
+    from dataclasses import replace
+
     from placement.interop.counts import COUNTS, LOAD_STRATEGIES, require_routing
     from placement.plan import PlacementPlan
     from placement.strategies import PlacementOptions
@@ -84,6 +90,7 @@ def place(
     trace = merge_traces(parts)
     if evaluate or strategy.replace("-", "_") not in LOAD_STRATEGIES:
         require_routing(trace, f"strategy {strategy}")
+    topology = Topology(num_nodes=nodes, ranks_per_node=ranks_per_node)
     options = PlacementOptions(
         seed=seed,
         max_imbalance=max_imbalance,
@@ -95,9 +102,10 @@ def place(
         start=None if start is None else PlacementPlan.load(start),
         max_moves=max_moves,
         spread=spread,
-        token_weights=None if weights is None else _token_weights(parts, weights),
     )
-    topology = Topology(num_nodes=nodes, ranks_per_node=ranks_per_node)
+    if weights is not None:
+        given = _token_weights(parts, weights, topology, slots_per_rank, options)
+        options = replace(options, token_weights=given)
     _write_plan(output, strategy, trace, topology, slots_per_rank, options)
     if compare and trace.num_sequences > 1 and trace.phase != COUNTS:
         _show_table(strategy, trace, topology, slots_per_rank, options)
@@ -105,18 +113,35 @@ def place(
         _show_evaluation(trace, topology, slots_per_rank, options)
 
 
-def _token_weights(parts: list[RoutingTrace], weights: str) -> NDArray[np.float32]:
+def _token_weights(
+    parts: list[RoutingTrace],
+    weights: str,
+    topology: Topology,
+    slots_per_rank: int | None,
+    options: PlacementOptions,
+) -> NDArray[np.float32]:
     """(tokens,) weights whose total is the same for all traces but for the factors given."""
     import numpy as np
 
+    from placement.domains import fair_weights
     from placement.strategies import StrategyError
+    from placement.trace import merge_traces
 
+    if weights == "fair":
+        groups = [np.full(part.num_tokens, index) for index, part in enumerate(parts)]
+        trace, group = merge_traces(parts), np.concatenate(groups)
+        if len(parts) == 1 and trace.domain_ids is not None:
+            group = np.unique(trace.domain_ids, return_inverse=True)[1]
+        return fair_weights(trace, group, topology, slots_per_rank=slots_per_rank, options=options)
     try:
         factors = [float(word) for word in weights.split(",")]
     except ValueError:
         factors = []
     if len(factors) != len(parts) or not all(0 < f < float("inf") for f in factors):
-        msg = f"--weights needs a number above 0 for each of {len(parts)} traces, got {weights!r}"
+        msg = (
+            f"--weights needs a number above 0 for each of {len(parts)} traces, or the word fair; "
+            f"got {weights!r}"
+        )
         raise StrategyError(msg)
     tokens = sum(part.num_tokens for part in parts)
     shares = [f / sum(factors) * tokens / p.num_tokens for f, p in zip(factors, parts, strict=True)]
@@ -189,7 +214,8 @@ def _show_evaluation(
 ) -> None:
     from dataclasses import replace
 
-    from placement.evaluation import bootstrap_change, domain_shift, evaluate_null
+    from placement.domains import domain_shift
+    from placement.evaluation import bootstrap_change, evaluate_null
     from placement.strategies import get_strategy
     from placement.traffic import count_traffic
 

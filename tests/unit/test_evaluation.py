@@ -5,17 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from placement.domains import domain_shift, even_weights, fair_weights, gain_of
 from placement.evaluation import (
     bootstrap_change,
     compare_strategies,
-    domain_shift,
-    domain_weights,
     evaluate_null,
     format_table,
     measure,
 )
 from placement.strategies import PlacementOptions, get_strategy
 from placement.topology import Topology
+from placement.trace import merge_traces
 from placement.traffic import count_traffic
 from planted import planted_trace
 
@@ -77,9 +77,25 @@ def test_a_plan_for_all_domains_keeps_most_of_each_gain():
     assert min(shift["kept"]["all"].values()) > 0.85
 
 
-def test_domains_get_the_same_total_weight():
-    trace = planted_trace(tokens=400)
-    domain = (np.arange(400) < 100).astype(np.uint8)
-    weights = domain_weights(replace(trace, domain_ids=domain, domains=("a", "b")))
-    assert weights[domain == 0].sum() == pytest.approx(weights[domain == 1].sum())
+def test_groups_get_the_same_total_weight():
+    group = (np.arange(400) < 100).astype(np.int64)
+    weights = even_weights(group)
+    assert weights[group == 0].sum() == pytest.approx(weights[group == 1].sum())
     assert weights.sum() == pytest.approx(400)
+
+
+def test_fair_weights_help_the_group_that_would_lose_most():
+    parts = [
+        planted_trace(experts=16, top_k=2, tokens=t, sequences=20, seed=seed, topics=8)
+        for seed, t in ((1, 3000), (2, 600))
+    ]
+    trace = merge_traces(parts)
+    group = np.repeat([0, 1], [3000, 600])
+    weights = fair_weights(trace, group, FOUR, options=QUICK)
+    assert weights.mean() == pytest.approx(1.0, abs=1e-3)
+    linear = get_strategy("linear")(trace, FOUR)
+    least = []
+    for w in (None, weights):
+        plan = get_strategy("affinity")(trace, FOUR, options=replace(QUICK, token_weights=w))
+        least.append(min(gain_of(part, linear, plan) for part in parts))
+    assert least[1] > 1.1 * least[0]

@@ -69,9 +69,10 @@ def test_compare_tells_what_a_warm_start_moves(folder):
     assert rows[1] < rows[0]
 
 
-def test_several_traces_are_weighed(folder):
-    words = ("place", "trace.safetensors", "other.safetensors", "-o", "w.json", "--weights", "3,1")
-    done = call(folder, *words, "--effort", "0.2", "--no-compare")
+@pytest.mark.parametrize("weights", ["3,1", "fair"])
+def test_several_traces_are_weighed(folder, weights):
+    words = ("place", "trace.safetensors", "other.safetensors", "-o", "w.json")
+    done = call(folder, *words, "--weights", weights, "--effort", "0.2", "--no-compare")
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,126 @@
+"""Several kinds of text, one plan: weights that serve them alike, and what a shift costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from placement.strategies import PlacementOptions, get_strategy
+from placement.traffic import count_traffic
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from placement.plan import PlacementPlan
+    from placement.topology import Topology
+    from placement.trace import RoutingTrace
+
+ROUNDS, HASTE = 3, 2.0
+
+
+def fair_weights(
+    trace: RoutingTrace,
+    group: NDArray[np.int64],
+    topology: Topology,
+    *,
+    slots_per_rank: int | None = None,
+    options: PlacementOptions | None = None,
+) -> NDArray[np.float32]:
+    """Weights with which one plan keeps about the same share of what each group could gain.
+
+    A group that would lose most counts for more in the next of a few rounds. Equal totals would
+    serve best the group whose routing the others share most.
+
+    Args:
+        trace: tokens of all groups.
+        group: (tokens,) group of each token, counted from 0.
+        topology: nodes and ranks.
+        slots_per_rank: experts a rank can hold.
+        options: of `affinity`.
+
+    Returns:
+        (tokens,) of mean 1.
+    """
+    options = replace(options or PlacementOptions(), token_weights=None)
+    place = get_strategy("affinity")
+    parts = [trace.select(group == g) for g in range(int(group.max()) + 1)]
+    own = [place(p, topology, slots_per_rank=slots_per_rank, options=options) for p in parts]
+    linear = get_strategy("linear")(trace, topology)
+    best = np.array([gain_of(p, linear, plan) for p, plan in zip(parts, own, strict=True)])
+    weights = even_weights(group)
+    for _ in range(ROUNDS):
+        weighted = replace(options, token_weights=weights)
+        plan = place(trace, topology, slots_per_rank=slots_per_rank, options=weighted)
+        found = np.array([gain_of(p, linear, plan) for p in parts])
+        kept = np.where(best > 0, np.maximum(found, 1e-3) / np.maximum(best, 1e-3), 1.0)
+        weights = weights * (kept.max() / kept)[group] ** HASTE
+        weights = (weights / weights.mean()).astype(np.float32)
+    return weights
+
+
+def even_weights(group: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(tokens,) weights that give every group the same total."""
+    counts = np.bincount(group)
+    return (len(group) / np.count_nonzero(counts) / counts[group]).astype(np.float32)
+
+
+def domain_shift(
+    trace: RoutingTrace,
+    topology: Topology,
+    *,
+    slots_per_rank: int | None = None,
+    options: PlacementOptions | None = None,
+    min_sequences: int = 8,
+) -> dict[str, Any]:
+    """Gain over linear of plans fitted on each domain, and on all, measured on each domain.
+
+    Each domain is split by sequence; domains with fewer than `min_sequences` are left out. The plan
+    for all domains has `fair_weights`.
+
+    Returns:
+        `domains`; by fitted domain ("all" last), of each measured domain: `gain`; `kept`, the gain
+        as a share of the gain of the domain's own plan; `imbalance`, mean over layers.
+    """
+    names = [d for d in trace.domains if _sequences_of(trace, d) >= min_sequences]
+    if not names:
+        return {"domains": [], "gain": {}, "kept": {}, "imbalance": {}}
+    halves = [trace.domain(name).split() for name in names]
+    options = options or PlacementOptions()
+    common: dict[str, Any] = {"slots_per_rank": slots_per_rank, "options": options}
+    place = get_strategy("affinity")
+    base = get_strategy("linear")(trace, topology)
+    plans = {n: place(fit, topology, **common) for n, (fit, _) in zip(names, halves, strict=True)}
+    sequences = [np.unique(fit.sequence_ids) for fit, _ in halves]
+    everything = trace.select(np.isin(trace.sequence_ids, np.concatenate(sequences)))
+    group = np.full(everything.num_tokens, -1)
+    for index, own in enumerate(sequences):
+        group[np.isin(everything.sequence_ids, own)] = index
+    weights = fair_weights(everything, group, topology, **common)
+    weighted = replace(options, token_weights=weights)
+    plans["all"] = place(everything, topology, slots_per_rank=slots_per_rank, options=weighted)
+    held_out = {name: half for name, (_, half) in zip(names, halves, strict=True)}
+    gain = {f: {n: gain_of(held_out[n], base, p) for n in names} for f, p in plans.items()}
+    imbalance = {
+        f: {n: count_traffic(held_out[n], p).imbalance()["mean"] for n in names}
+        for f, p in plans.items()
+    }
+    kept = {
+        fitted: {name: row[name] / gain[name][name] if gain[name][name] else 1.0 for name in names}
+        for fitted, row in gain.items()
+    }
+    return {"domains": names, "gain": gain, "kept": kept, "imbalance": imbalance}
+
+
+def gain_of(trace: RoutingTrace, base: PlacementPlan, plan: PlacementPlan) -> float:
+    """Share of the rows of `base` that a plan saves, both under `coherent`."""
+    rows = [count_traffic(trace, p).rows_per_token()["total"] for p in (base, plan)]
+    return 1 - rows[1] / rows[0] if rows[0] else 0.0
+
+
+def _sequences_of(trace: RoutingTrace, domain: str) -> int:
+    if trace.domain_ids is None:
+        return 0
+    of_domain = trace.domain_ids == trace.domains.index(domain)
+    return len(np.unique(trace.sequence_ids[of_domain]))
