@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from placement.search.state import Machine, Tokens
 
 SWAPS_PER_EXPERT, MAX_COST = 200, 16e6
-STEPS, EXCHANGES_PER_SWAP = 40, 0.05
+STEPS, EXCHANGES_PER_SWAP, FEW_EXPERTS = 40, 0.05, 64
 HOT, COLD = 1.0, 0.01
 LOW_PRICE, HIGH_PRICE = 1.0, 16.0
 FIRST_PRICE, HASTE = 4.0, 0.5
@@ -41,13 +41,14 @@ def anneal_pairs(
     rng = np.random.default_rng(seed).integers(1, 2**63, size=1, dtype=np.uint64)
     layers, _, top_k = tokens.expert_ids.shape
     unit = float(tokens.weight.sum()) * top_k / num_experts
-    most = MAX_COST / max(64, num_experts)  # a swap costs as much as a layer has experts
+    most = MAX_COST / max(FEW_EXPERTS, num_experts)  # a swap costs as much as a layer has experts
     moves = max(500, int(min(SWAPS_PER_EXPERT * layers * num_experts, most) * effort))
+    exchanges = int(moves * EXCHANGES_PER_SWAP * min(1.0, FEW_EXPERTS / num_experts) ** 2)
     over = np.geomspace(LOW_PRICE, HIGH_PRICE, STEPS)
     price = np.array([FIRST_PRICE, 0.0])
     for heat, price[1] in zip(np.geomspace(HOT, COLD, STEPS), over, strict=True):
         swap_experts(pairs, rng, moves, float(heat * unit), price)
-        exchange_ranks(pairs, rng, int(moves * EXCHANGES_PER_SWAP), float(heat * unit))
+        exchange_ranks(pairs, rng, exchanges, float(heat * unit))
         price[0] = steered(price[0], pairs.rank_load, caps.mean, HASTE)
     return pairs.rank_of
 

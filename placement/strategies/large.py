@@ -12,7 +12,6 @@ from placement.search.walk import MAX_RANKS
 from placement.strategies.balanced import pack, replicate
 from placement.strategies.options import PlacementOptions, StrategyError
 from placement.topology import Topology
-from placement.traffic import count_traffic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,7 +55,6 @@ def place_by_node(
     plan = place(
         trace, nodes, slots_per_rank=node_slots, options=replace(options, coherence_domain=None)
     )
-    load = count_traffic(trace, plan).load
     on_node = plan.hosts()
     hosts = np.zeros((trace.num_layers, trace.num_experts, topology.num_ranks), dtype=np.bool_)
     for layer in range(trace.num_layers):
@@ -69,8 +67,7 @@ def place_by_node(
         layer_ids=trace.layer_ids,
         strategy=plan.strategy,
     )
-    node_imbalance = float((load.max(axis=1) / load.mean(axis=1)).mean())
-    return replace(full, predicted={"imbalance_mean_of_nodes": round(node_imbalance, 4)})
+    return replace(full, predicted={"imbalance_mean_of_nodes": plan.predicted["imbalance_mean"]})
 
 
 def _spare(trace: RoutingTrace, topology: Topology, num_slots: int) -> int:
