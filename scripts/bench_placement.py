@@ -2,6 +2,7 @@
 
     python scripts/bench_placement.py TRACE... --json                 the table
     python scripts/bench_placement.py --scale deepseek-v3 --ranks 64  time and memory at scale
+    python scripts/bench_placement.py --growth                        time against each size
 
 Each trace is split by sequence: plans are fitted on one half and measured on the other. The last
 line of stdout is one JSON object; `-o DIR` keeps it, the Markdown tables and the figures.
@@ -12,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from placement_scale import SCALES, measure_growth, measure_scale
 
 from placement.bounds import lower_bound
 from placement.domains import domain_shift
@@ -35,13 +35,19 @@ CAPS = {"gptoss20b_decode": {4: 1.10, 8: 1.15}}
 DEFAULT_CAP = 1.15
 MEAN_SHARES = (1.0, 0.85, 0.7)
 FRONTIER = (1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
-SCALES = {"deepseek-v3": (58, 256, 8)}
 
 
 def main() -> None:
     """Run what was asked for, print one JSON line at the end."""
     args = parse_arguments()
-    result = run_scale(args) if args.scale else run_traces(args)
+    if args.growth:
+        result = measure_growth(seed=args.seed, effort=args.effort)
+    elif args.scale:
+        result = measure_scale(
+            args.scale, args.ranks, args.tokens, seed=args.seed, effort=args.effort
+        )
+    else:
+        result = run_traces(args)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -63,12 +69,13 @@ def parse_arguments() -> argparse.Namespace:
         "--parts", default="cells,crossing,null,shift,homing,frontier", help="what to run"
     )
     parser.add_argument("--scale", choices=sorted(SCALES))
+    parser.add_argument("--growth", action="store_true", help="seconds against each size")
     parser.add_argument("--ranks", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--json", action="store_true", help="no tables, only the last line")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    if not args.scale and not args.traces:
+    if not args.scale and not args.growth and not args.traces:
         parser.error(f"no traces in {folder}; name some, or set EXFLOW_TRACES")
     return args
 
@@ -268,55 +275,6 @@ PARTS = {
     "homing": homing,
     "frontier": frontier,
 }
-
-
-def run_scale(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and memory from a trace to a plan, on planted structure plus noise."""
-    layers, experts, top_k = SCALES[args.scale]
-    trace = planted_trace(args.tokens, layers, experts, top_k, seed=args.seed)
-    topology = Topology(num_nodes=max(1, args.ranks // 8), ranks_per_node=min(8, args.ranks))
-    slots = -(-experts // args.ranks)
-    start = time.perf_counter()
-    options = PlacementOptions(seed=args.seed, effort=args.effort)
-    plan = get_strategy("affinity")(trace, topology, slots_per_rank=slots, options=options)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    sample = trace.select(np.arange(min(5000, trace.num_tokens)))
-    found = [
-        {
-            "trace": args.scale,
-            "num_nodes": topology.num_nodes,
-            "ranks_per_node": topology.ranks_per_node,
-            "slots_per_rank": slots,
-            "strategy": p.strategy.name,
-            "rows": figures["rows_per_token"]["total"],
-            "inter_node_rows": figures["rows_per_token"]["inter_node_dedup"],
-            "imbalance_mean": figures["imbalance"]["mean"],
-        }
-        for p in (get_strategy("linear")(trace, topology), plan)
-        for figures in (measure(sample, p),)
-    ]
-    return {"cells": found, "seconds_total": round(seconds, 1), "peak_gb": round(peak, 2)}
-
-
-def planted_trace(tokens: int, layers: int, experts: int, top_k: int, *, seed: int) -> RoutingTrace:
-    """Tokens of a topic favour some experts at each layer; half of the choices are noise."""
-    rng = np.random.default_rng(seed)
-    topics = experts // 4
-    topic = rng.integers(0, topics, tokens)
-    ids = np.empty((tokens, layers, top_k), dtype=np.int16)
-    for layer in range(layers):
-        liked = rng.random((topics, experts), dtype=np.float32)
-        score = rng.random((tokens, experts), dtype=np.float32)
-        score += 0.5 * (liked > 0.94)[topic]
-        ids[:, layer] = np.argpartition(-score, top_k, axis=1)[:, :top_k]
-    return RoutingTrace(
-        expert_ids=ids,
-        sequence_ids=np.sort(rng.integers(0, 200, tokens)).astype(np.int32),
-        num_experts=experts,
-        model="planted",
-        layer_ids=tuple(range(layers)),
-    )
 
 
 def say(line: str) -> None:

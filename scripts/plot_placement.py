@@ -31,7 +31,9 @@ def main() -> None:
         if merged.get(part):
             print(f"\n<!-- {part} -->\n" + "\n".join(show(merged[part])))
     if merged.get("frontier"):
-        plot_frontier(merged["frontier"], args.output / "placement-frontier.svg")
+        plot_frontier(merged["frontier"], args.output / "figures/placement-frontier.svg")
+    if merged.get("growth"):
+        plot_growth(merged["growth"], args.output / "figures/placement-growth.svg")
 
 
 def cell_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -97,12 +99,7 @@ TABLES = {
 
 def plot_frontier(rows: list[dict[str, Any]], path: Path) -> None:
     """Held-out rows against held-out imbalance, one line a trace and number of slots."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "exflow"
-    import matplotlib.pyplot as plt
-
+    plt = import_pyplot()
     traces = list(dict.fromkeys(row["trace"] for row in rows))
     figure, axes = plt.subplots(1, len(traces), figsize=(4.5 * len(traces), 3.4), squeeze=False)
     for axis, trace in zip(axes[0], traces, strict=True):
@@ -117,6 +114,32 @@ def plot_frontier(rows: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+def plot_growth(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds from a trace to a plan against each size."""
+    plt = import_pyplot()
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(2.8 * len(sizes), 2.8), sharey=True)
+    for axis, size in zip(axes, sizes, strict=True):
+        points = [(row[size], row["seconds"]) for row in rows if row["size"] == size]
+        axis.plot(*zip(*points, strict=True), marker="o")
+        axis.set(xlabel=size, xscale="log", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds from trace to plan")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def import_pyplot() -> Any:
+    """Matplotlib that writes the same file for the same figures."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "exflow"
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 if __name__ == "__main__":
