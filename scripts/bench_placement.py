@@ -64,6 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--milp-seconds", type=float, default=120.0)
     parser.add_argument("--effort", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--mean-shares",
+        default=",".join(map(str, MEAN_SHARES)),
+        help="mean imbalances to ask affinity for, as shares of the cap's excess over 1",
+    )
     parser.add_argument("--strategies", default=",".join((*BASELINES, "affinity")))
     parser.add_argument(
         "--parts", default="cells,crossing,null,shift,homing,frontier", help="what to run"
@@ -119,7 +124,7 @@ def cells(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
                 if strategy not in args.strategies.split(","):
                     continue
                 is_ours = strategy == "affinity"
-                for asked in means_up_to(cap) if is_ours else [cap]:
+                for asked in means_up_to(cap, args) if is_ours else [cap]:
                     options = PlacementOptions(
                         seed=args.seed,
                         max_imbalance=None if is_ours else cap,
@@ -131,9 +136,9 @@ def cells(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
                     yield {**row, "cap": asked, "bound": round(bound.rows_per_token, 3)}
 
 
-def means_up_to(cap: float) -> list[float]:
+def means_up_to(cap: float, args: argparse.Namespace) -> list[float]:
     """Mean imbalances to ask for: the load of tokens not seen may be less even than foreseen."""
-    return [round(1 + (cap - 1) * share, 4) for share in MEAN_SHARES]
+    return [round(1 + (cap - 1) * float(share), 4) for share in args.mean_shares.split(",")]
 
 
 def cell(
