@@ -1,131 +1,37 @@
 """A rank that dies or hangs in the middle of decode: the others end in time, and nothing is lost."""
 
-import json
 import os
 import random
+import re
+import shutil
 import signal
-import socket
-import time
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
-import torch
 
 from exflow.runtime.completions import CompletionFile
-from exflow.runtime.engine import EngineOptions
-from exflow.runtime.job import Job, run_job
-from exflow.runtime.model import ModelOptions
-from exflow.runtime.requests import SamplingParams
-from harness import _context
-from tiny_checkpoints import qwen3_moe, save_byte_tokenizer
+from launch.cluster_in_a_box import network
+from launch.cluster_in_a_box.cluster import Cluster
+from strikes import IN_TIME, Site, by_id, finish, interrupt, make_folder, make_job
 
 pytestmark = pytest.mark.distributed
 
-NUM_RANKS = 3
-NUM_REQUESTS = 24
-TIMEOUT = 3.0
-IN_TIME = TIMEOUT + 7.0  # what is promised: the timeout, and a few seconds to find out who
-
-
-def run_rank(rank, port, job, outcome):
-    """One process of a job, as torchrun would start it."""
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(NUM_RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    try:
-        run_job(job)
-        outcome.write_text("done")
-    except ValueError as error:
-        outcome.write_text(f"{type(error).__name__}: {error}")
-
-
-def start(job, folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    outcomes = [folder / f"outcome-{rank}" for rank in range(NUM_RANKS)]
-    ranks = [
-        _context().Process(target=run_rank, args=(rank, port, job, outcome), daemon=True)
-        for rank, outcome in enumerate(outcomes)
-    ]
-    for outcome in outcomes:
-        outcome.unlink(missing_ok=True)
-    for rank in ranks:
-        rank.start()
-    return ranks, outcomes
-
-
-def lines(path):
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+CAN_BOX = sys.platform == "linux" and os.geteuid() == 0 and shutil.which("tc") is not None
+THREE = Site(num_ranks=3)
+STRIKES = int(os.environ.get("EXFLOW_DRILL_STRIKES", "5"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("failures")
-    qwen3_moe(folder / "tiny", vocab_size=256, num_hidden_layers=2)
-    save_byte_tokenizer(folder / "tiny")
-    prompts = [{"prompt": "x" * (1 + n % 9)} for n in range(NUM_REQUESTS)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    return folder
-
-
-def make_job(folder, output):
-    return Job(
-        model=ModelOptions(
-            model=str(folder / "tiny"), engine=EngineOptions(batch_size=4), timeout=TIMEOUT
-        ),
-        prompts=folder / "prompts.jsonl",
-        output=output,
-        sampling=SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.7),
-    )
-
-
-def finish(job, folder):
-    ranks, outcomes = start(job, folder)
-    for rank in ranks:
-        rank.join(60)
-    assert [outcome.read_text() for outcome in outcomes] == ["done"] * NUM_RANKS
-
-
-def by_id(path):
-    found = [json.loads(line) for line in lines(path)]
-    assert len({line["id"] for line in found}) == len(found), "a request is there twice"
-    return {line["id"]: line["token_ids"] for line in found}
+    return make_folder(tmp_path_factory.mktemp("failures"), 24)
 
 
 @pytest.fixture(scope="module")
 def expected(folder):
     job = make_job(folder, folder / "whole.jsonl")
-    finish(job, folder)
+    finish(THREE, job, folder)
     return by_id(job.output)
-
-
-def interrupt(job, folder, how, victim, moment):
-    """Strike a rank after so many requests; how long the others took to end, what they said."""
-    ranks, outcomes = start(job, folder)
-    done = len(lines(job.output))
-    wait_for(lambda: len(lines(job.output)) >= min(done + moment, NUM_REQUESTS - 6))
-    os.kill(ranks[victim].pid, how)
-    struck = time.monotonic()
-    others = [rank for rank in range(NUM_RANKS) if rank != victim]
-    for rank in others:
-        ranks[rank].join(IN_TIME)
-    took = time.monotonic() - struck
-    alive = [rank for rank in others if ranks[rank].is_alive()]
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    assert not alive, f"ranks {alive} did not end"
-    return took, [outcomes[rank].read_text() for rank in others if outcomes[rank].exists()]
 
 
 @pytest.mark.slow
@@ -134,23 +40,87 @@ def test_the_others_end_in_time_and_a_new_start_goes_on(folder, expected, tmp_pa
     rng = random.Random(int(how))
     job = make_job(folder, tmp_path / "out.jsonl")
     for victim in (1, 0):
-        took, said = interrupt(job, folder, how, victim, rng.randrange(1, 8))
+        took, said = interrupt(
+            THREE,
+            job,
+            folder,
+            strike=lambda ranks, v=victim: os.kill(ranks[v].pid, how),
+            struck=(victim,),
+            moment=(rng.randrange(1, 8), 0.0),
+        )
         assert took < IN_TIME
-        for message in said:
-            assert message.startswith("RankFailureError")
+        assert len(said) == THREE.num_ranks - 1
+        for message in said.values():
+            assert "RankFailureError" in message
             assert f"rank {victim} was killed or hangs" in message
             assert "decode step" in message or "prefill step" in message
-        assert len(said) == NUM_RANKS - 1
-        assert expected.items() >= by_id_of_whole_lines(job.output).items()
-    finish(job, folder)
+        assert expected.items() >= by_id(job.output).items()
+    finish(THREE, job, folder)
     assert by_id(job.output) == expected
 
 
-def by_id_of_whole_lines(path):
-    whole = path.read_text()
-    copy = Path(f"{path}.whole")
-    copy.write_text(whole[: whole.rfind("\n") + 1])
-    return by_id(copy)
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not CAN_BOX, reason="needs root, and ip and tc of iproute2")
+def test_strikes_at_random_moments_lose_no_request_and_double_none(tmp_path):
+    folder = make_folder(tmp_path, 12 * STRIKES)
+    job, whole = (
+        make_job(folder, tmp_path / "out.jsonl"),
+        make_job(folder, tmp_path / "whole.jsonl"),
+    )
+    cluster = Cluster(name="drill", nodes=2, ranks_per_node=2, rate="100mbit")
+    site = Site(
+        num_ranks=4,
+        namespaces=tuple(cluster.namespace(rank // 2) for rank in range(4)),
+        environment={"MASTER_ADDR": cluster.address(0), "GLOO_SOCKET_IFNAME": "eth0"},
+    )
+    rng = random.Random(20)
+    with network.built(cluster):
+        finish(site, whole, folder)
+        expected = by_id(whole.output)
+        for number in range(STRIKES):
+            how = (signal.SIGKILL, signal.SIGSTOP, "link down")[number % 3]
+            victim = rng.randrange(4)
+            moment = (rng.randrange(1, 4), rng.uniform(0, 0.1))
+            took, said = strike_at(site, job, folder, how, victim, moment)
+            assert took < IN_TIME, (number, said)
+            assert expected.items() >= by_id(job.output).items()
+        finish(site, job, folder)
+        assert by_id(job.output) == expected
+
+
+def strike_at(site, job, folder, how, victim, moment):
+    """One strike; every rank that is left must name a rank it lost, and the step."""
+    if how == "link down":
+        struck, node = (), site.namespaces[victim]
+        took, said = interrupt(
+            site, job, folder, strike=lambda _: set_link(node, "down"), struck=struck, moment=moment
+        )
+        set_link(node, "up")
+    else:
+        struck = (victim,)
+        took, said = interrupt(
+            site,
+            job,
+            folder,
+            strike=lambda ranks: os.kill(ranks[victim].pid, how),
+            struck=struck,
+            moment=moment,
+        )
+    for rank, message in said.items():
+        lost = re.search(r"rank (\d) was killed or hangs", message)
+        assert lost, message
+        assert re.search(r"noticed at (decode|prefill) step", message), message
+        if struck:
+            assert int(lost[1]) == victim, message
+        else:
+            assert int(lost[1]) // 2 != rank // 2, message
+    return took, said
+
+
+def set_link(namespace, state):
+    subprocess.run(["ip", "-n", namespace, "link", "set", "eth0", state], check=True)
 
 
 def test_two_runs_do_not_write_the_same_file(tmp_path):
