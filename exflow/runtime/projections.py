@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 from exflow.models.parts import LatentAttention
 from exflow.runtime.attention import rotate
 from exflow.runtime.attention_weights import LatentWeights
 from exflow.runtime.experts import linear
-from exflow.runtime.norms import normalize
+from exflow.runtime.norms import normalize, rms_norm
 
 if TYPE_CHECKING:
     from exflow.models.definition import DecoderDefinition
@@ -74,9 +73,9 @@ def _normed_heads(
     if weights.qk_norm is None:
         return heads
     if attention.qk_norm == "head":
-        return functional.rms_norm(heads, heads.shape[-1:], eps=eps) * weights.qk_norm
+        return rms_norm(heads, eps) * weights.qk_norm
     sections = torch.split(heads, [attention.num_heads, attention.num_kv_heads], dim=1)
-    parts = [functional.rms_norm(part, part.shape[1:], eps=eps) for part in sections]
+    parts = [rms_norm(part.flatten(1), eps).view_as(part) for part in sections]
     return torch.cat(parts, dim=1) * weights.qk_norm
 
 

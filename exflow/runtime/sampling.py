@@ -35,7 +35,7 @@ def sample(
         request_indices: (T,) the request of each row.
         positions: (T,) the position the new token will have.
     """
-    tokens_T = logits_TV.argmax(dim=-1)
+    tokens_T = likeliest(logits_TV)
     rows = [row for row, own in enumerate(params) if own.temperature > 0]
     if not rows:
         return tokens_T
@@ -44,6 +44,13 @@ def sample(
     rows_N = torch.tensor(rows, device=logits_TV.device)
     tokens_T[rows_N] = _draw(logits_TV[rows_N].float(), chosen, uniforms)
     return tokens_T
+
+
+def likeliest(logits_TV: torch.Tensor) -> torch.Tensor:
+    """(T,) the greedy tokens. On a CPU NumPy finds them many times as fast as PyTorch."""
+    if logits_TV.is_cuda:
+        return logits_TV.argmax(dim=-1)
+    return torch.from_numpy(logits_TV.float().numpy().argmax(axis=-1))
 
 
 def _draw(
