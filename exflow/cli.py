@@ -42,5 +42,11 @@ def _set_up(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")
     ] = False,
+    _local_rank: Annotated[
+        int,
+        typer.Option(
+            "--local_rank", hidden=True, help="DeepSpeed adds it; LOCAL_RANK says it too."
+        ),
+    ] = 0,
 ) -> None:
     placement.cli.configure_logging(verbose=verbose)

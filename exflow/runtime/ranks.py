@@ -63,12 +63,14 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What torchrun says; one rank without it.
+        """What torchrun says, or DeepSpeed's launcher; one rank without either.
 
         Raises:
             UserError: the variables are not whole numbers.
         """
-        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        local_size = os.environ.get("LOCAL_SIZE", "1")  # what DeepSpeed calls it
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        defaults["LOCAL_WORLD_SIZE"] = local_size
         try:
             rank, num_ranks, local_rank, ranks_per_node = (
                 int(os.environ.get(name, default)) for name, default in defaults.items()

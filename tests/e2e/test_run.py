@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +77,29 @@ def test_a_mistake_is_one_line_and_exit_code_two(model, tmp_path):
     assert result.stderr.startswith("error: ")
     assert "exflow place" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_deepspeed_launcher_starts_ranks_too(model, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs deepspeed, of the extra [deepspeed]")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    output, metrics = tmp_path / "out.jsonl", tmp_path / "metrics.json"
+    launcher = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
+        "--master_port", str(port), "--module", "exflow",
+    ]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+    folder = Path(sys.executable).parent
+    done = subprocess.run(
+        [*launcher, "run", str(model), "--prompts", str(tmp_path / "prompts.jsonl"),
+         "--max-new-tokens", "5", "-o", str(output), "--metrics", str(metrics)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{folder}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert set(read(output)) == {0, 1, "third"}
+    assert json.loads(metrics.read_text())["world_size"] == 2
