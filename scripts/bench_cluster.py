@@ -82,6 +82,7 @@ class Settings:
     hidden_size: int
     layers: int
     kv_ratio: float
+    max_imbalance: float | None
     reuse: bool
     out: Path
     json: bool
@@ -135,6 +136,7 @@ def parse_arguments() -> Settings:
     add("--hidden-size", type=int, default=512, help="of planted models")
     add("--layers", type=int, default=12, help="of planted models")
     add("--kv-ratio", type=float, default=0.125, help="of planted models: K + V over hidden")
+    add("--max-imbalance", type=float, help="of the plans; default by model")
     add("--reuse", action="store_true", help="take models, plans and prompts that --out has")
     add("--out", type=Path, default=Path("out/cluster"))
     add("--json", action="store_true", help="print nothing but the last line")
@@ -192,7 +194,7 @@ def prepare(name: str, checkpoint: Path, corpus: Path, folder: Path, settings: S
     )
     shape = ("--nodes", settings.units, "--ranks-per-node", settings.ranks // settings.units)
     slots = round(EXPERTS[name] * MORE_SLOTS / settings.ranks)
-    load = ("--max-imbalance", MAX_IMBALANCE.get(name, 1.15))
+    load = ("--max-imbalance", settings.max_imbalance or MAX_IMBALANCE.get(name, 1.15))
     plans: dict[str, tuple[object, ...]] = {
         "linear": ("--strategy", "linear"),
         "home-affinity": ("--protocol", "home", *load),

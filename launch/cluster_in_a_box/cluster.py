@@ -12,6 +12,7 @@ SIZE = re.compile(r"\d+(?:b|kb|mb)")
 NAME = re.compile(r"[a-z][a-z0-9]{0,30}")
 BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 MAX_NODES = 128
+CONGESTION_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"
 WIRE_RATE_OF_SMALL_BURST = 500e6
 
 Command = tuple[str, ...]
@@ -113,13 +114,18 @@ def up_commands(cluster: Cluster) -> list[Command]:
 
 
 def _namespace(name: str) -> list[Command]:
-    """A namespace without IPv6, whose neighbour discovery would be counted as traffic."""
+    """A namespace without IPv6, whose neighbour discovery would be counted as traffic.
+
+    Its TCP is Reno, whatever the machine's own is: loss decides, as with the cubic of most clusters
+    (which a namespace may not always choose); BBR paces short bursts by what it has seen before.
+    """
     no_ipv6 = (
         "test ! -e /proc/sys/net/ipv6 || echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6"
     )
     return [
         ("ip", "netns", "add", name),
         ("ip", "netns", "exec", name, "sh", "-c", no_ipv6),
+        ("ip", "netns", "exec", name, "sh", "-c", f"echo reno > {CONGESTION_CONTROL}"),
         ("ip", "-n", name, "link", "set", "lo", "up"),
     ]
 
