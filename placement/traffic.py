@@ -72,11 +72,13 @@ def choose_ranks(hosts: Array, expert_ids: Array, owner: Array, node_of_rank: Ar
     is_fixed = copies[expert_ids] == 1
     chosen = ((chosen_rank[:, :, None] == ranks) & is_fixed[:, :, None]).any(axis=1)
     visited = _on_same_node(chosen, node_of_rank)
+    turn = num_ranks - (ranks - ranks[:, None]) % num_ranks
+    near_owner = (is_owner * 8 + on_owner_node * 2) * (num_ranks + 1)
     for slot in range(expert_ids.shape[1]):
         experts = expert_ids[:, slot]
-        nearness = is_owner * 8 + chosen * 4 + on_owner_node * 2 + visited * 1
-        turn = num_ranks - (ranks - (owner + experts)[:, None]) % num_ranks
-        best = (hosts[experts] * (nearness * (num_ranks + 1) + turn)).argmax(axis=1)
+        nearness = near_owner + (chosen * 4 + visited * 1) * (num_ranks + 1)
+        first = turn[(owner + experts) % num_ranks]
+        best = (hosts[experts] * (nearness + first)).argmax(axis=1)
         chosen_rank[:, slot] = best
         chosen = chosen | (best[:, None] == ranks)
         visited = visited | (node_of_rank[best][:, None] == node_of_rank)

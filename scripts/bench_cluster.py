@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -155,7 +156,9 @@ def measure(name: str, corpus: Path, settings: Settings) -> dict[str, Any]:
     """Prepare a model, run all arms at every rate, summarise."""
     folder = (settings.out / name).resolve()
     checkpoint = folder / name if name in PLANTED else ROOT / "exflow/assets" / name
-    if not (settings.reuse and (folder / "prompts.jsonl").exists()):
+    if settings.reuse and (folder / "prompts.jsonl").exists():
+        check_prepared(folder, settings)
+    else:
         folder.mkdir(exist_ok=True)
         write_checkpoint(name, checkpoint, settings)
         prepare(name, checkpoint, corpus, folder, settings)
@@ -168,6 +171,21 @@ def measure(name: str, corpus: Path, settings: Settings) -> dict[str, Any]:
             note = " (random weights, planted affinity)" if name in PLANTED else ""
             print(table(f"{name}{note}, {rate}", result["rates"][rate]), flush=True)
     return result
+
+
+def check_prepared(folder: Path, settings: Settings) -> None:
+    """What --reuse takes must be what is asked for."""
+    lines = (folder / "prompts.jsonl").read_text("utf-8").splitlines()
+    steps, requests = len(json.loads(lines[0])["expected"]), len(lines)
+    asked = {"--steps": (settings.steps, steps), "--requests": (settings.requests, requests)}
+    for option, (wanted, found) in asked.items():
+        if wanted not in (None, found):
+            print(
+                f"{folder} was prepared with {option} {found}, not {wanted}; "
+                f"give {option} {found}, or leave out --reuse to prepare it anew",
+                file=sys.stderr,
+            )
+            sys.exit(2)
 
 
 def write_checkpoint(name: str, checkpoint: Path, settings: Settings) -> None:
@@ -193,7 +211,7 @@ def prepare(name: str, checkpoint: Path, corpus: Path, folder: Path, settings: S
         *("--tokens", 8_000, "--batch-size", 64),
     )
     shape = ("--nodes", settings.units, "--ranks-per-node", settings.ranks // settings.units)
-    slots = round(EXPERTS[name] * MORE_SLOTS / settings.ranks)
+    slots = math.ceil(EXPERTS[name] * MORE_SLOTS / settings.ranks)
     load = ("--max-imbalance", settings.max_imbalance or MAX_IMBALANCE.get(name, 1.15))
     plans: dict[str, tuple[object, ...]] = {
         "linear": ("--strategy", "linear"),

@@ -12,7 +12,8 @@ from placement.search.walk import ONE, has_bit, visit
 if TYPE_CHECKING:
     from placement.search.state import Layout, Problem
 
-FIRST_CHECK = 48
+FIRST_CHECK = 24
+SURE = 1.5  # standard errors
 REFUSED = 1e300
 
 
@@ -94,7 +95,7 @@ def reroute(problem: Problem, layer: int, a: int, b: int, limit: float, commit: 
     """Cost change of the tokens that use expert a or b at a layer (-1: none).
 
     Tokens are in random order, so the first ones tell what all will cost: a change that is
-    above `limit` by three standard errors is given up early (REFUSED is returned).
+    above `limit` by `SURE` standard errors is given up early (REFUSED is returned).
     """
     users, start = problem.tokens.users, problem.tokens.start
     i, i_end, j, j_end = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
@@ -119,10 +120,10 @@ def reroute(problem: Problem, layer: int, a: int, b: int, limit: float, commit: 
         change += step
         squares += step * step
         if done >= check and not commit:
-            check = 2 * done
+            check = done + done // 2
             mean = change / done
             spread = (squares / done - mean * mean) * (1.0 / done) * (1.0 - done / total)
-            if spread >= 0.0 and mean - 3.0 * spread**0.5 > limit / total:
+            if spread >= 0.0 and mean - SURE * spread**0.5 > limit / total:
                 return REFUSED
     return change
 

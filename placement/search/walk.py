@@ -43,26 +43,28 @@ def has_bit(word: Word, index: Number) -> Number:
 
 
 @kernel
+def preferred(hosts: Word, wanted: Word) -> Word:
+    """The ranks of `hosts` that are wanted, or all of them if none is."""
+    both = hosts & wanted
+    return both if both else hosts
+
+
+@kernel
 def nearest_copy(
-    hosts: Word, chosen: Word, owner: Number, turn: Number, node_mask: Word, visited: Word
+    hosts: Word, owner: Number, chosen: Word, turn: Number, node_mask: Word, visited: Word
 ) -> Number:
     """The copy of an expert that `choose_ranks` takes.
 
     Args:
         hosts: ranks with a copy.
-        chosen: ranks chosen so far for the token.
         owner: the token's owner.
-        turn: owner + expert, where the search for the first copy starts.
+        chosen: ranks chosen so far for the token.
+        turn: (owner + expert) modulo the ranks, where the search for the first copy starts.
         node_mask: ranks of the owner's node.
         visited: ranks of the nodes visited so far.
     """
-    if has_bit(hosts, owner):
-        return np.int64(owner)
-    for wanted in (chosen, node_mask, visited):
-        if hosts & wanted:
-            hosts = hosts & wanted
-    above = hosts & ~((ONE << np.uint64(turn)) - ONE)
-    return lowest_bit(above if above else hosts)
+    hosts = preferred(preferred(preferred(hosts, chosen), node_mask), visited)
+    return lowest_bit(preferred(hosts, ~((ONE << np.uint64(turn)) - ONE)))
 
 
 @kernel
@@ -72,62 +74,70 @@ def visit(
     """Routes one token at one layer.
 
     Fills `choice` (K,) with the rank of each expert (see `choose_ranks`); returns the next owner
-    (see `next_owner`) and what the token's rows cost.
+    (see `next_owner`) and what the token's rows cost. Written with few branches: what a token does
+    is hard to predict.
     """
-    top_k = ids.shape[2]
-    node_of_rank = machine.node_of_rank
+    top_k, node_of_rank = ids.shape[2], machine.node_of_rank
     chosen: Word = np.uint64(0)
-    nodes: Word = np.uint64(0)
-    is_open = False
+    visited: Word = np.uint64(0)
+    still_open: Word = np.uint64(0)
     for k in range(top_k):
-        expert_hosts = hosts[layer, ids[layer, token, k]]
-        choice[k] = -1
-        if expert_hosts & (expert_hosts - ONE):
-            is_open = True
-        else:
-            rank = lowest_bit(expert_hosts)
-            choice[k] = rank
-            chosen |= ONE << np.uint64(rank)
-            nodes |= ONE << np.uint64(node_of_rank[rank])
-    if is_open:
-        visited: Word = np.uint64(0)
+        copies = hosts[layer, ids[layer, token, k]]
+        is_open = (copies & (copies - ONE)) != 0
+        still_open |= np.uint64(is_open) << np.uint64(k)
+        rank = lowest_bit(copies)
+        choice[k] = rank
+        chosen |= np.uint64(0) if is_open else copies
+        visited |= np.uint64(0) if is_open else machine.ranks_of_node[node_of_rank[rank]]
+    own_bit = ONE << np.uint64(owner)
+    own_node = machine.ranks_of_node[node_of_rank[owner]]
+    while still_open:
+        k = lowest_bit(still_open)
+        still_open &= still_open - ONE
+        expert = ids[layer, token, k]
+        turn = np.uint32(owner + expert) % np.uint32(len(node_of_rank))
+        copies = preferred(hosts[layer, expert], own_bit)
+        rank = nearest_copy(copies, owner, chosen, turn, own_node, visited)
+        choice[k] = rank
+        chosen |= ONE << np.uint64(rank)
+        visited |= machine.ranks_of_node[node_of_rank[rank]]
+    best = best_owner(layer, token, owner, ids, machine, choice)
+    cost = machine.row_cost[0] * rows_between(chosen, owner, best)
+    if machine.row_cost[1] > 0.0:
+        nodes: Word = np.uint64(0)
         for k in range(top_k):
-            if choice[k] >= 0:
-                visited |= machine.ranks_of_node[node_of_rank[choice[k]]]
-        for k in range(top_k):
-            if choice[k] >= 0:
-                continue
-            expert = ids[layer, token, k]
-            turn = (np.int64(owner) + np.int64(expert)) % np.int64(len(node_of_rank))
-            own_node = machine.ranks_of_node[node_of_rank[owner]]
-            rank = nearest_copy(hosts[layer, expert], chosen, owner, turn, own_node, visited)
-            choice[k] = rank
-            chosen |= ONE << np.uint64(rank)
-            nodes |= ONE << np.uint64(node_of_rank[rank])
-            visited |= machine.ranks_of_node[node_of_rank[rank]]
-    best, most, domain = np.int64(owner), 0, machine.domain_of_rank[owner]
-    has_outlook = machine.outlook.shape[0] > 0
+            nodes |= ONE << np.uint64(node_of_rank[choice[k]])
+        cost += machine.row_cost[1] * rows_between(nodes, node_of_rank[owner], node_of_rank[best])
+    return best, cost
+
+
+@kernel
+def rows_between(places: Word, start: Number, end: Number) -> Number:
+    """Rows from one place to all others in a set, and from all to another place."""
+    return 2 * count_bits(places) - has_bit(places, start) - has_bit(places, end)
+
+
+@kernel
+def best_owner(
+    layer: int, token: int, owner: Number, ids: Array, machine: Machine, choice: Array
+) -> Number:
+    """The next owner by `next_owner`: the rank is in the last six bits of what is compared."""
+    top_k, last = ids.shape[2], np.int64(MAX_RANKS - 1)
+    domain_of_rank = machine.domain_of_rank
+    best: Number = np.int64(0)
     for k in range(top_k):
         rank = np.int64(choice[k])
-        same: Number = np.int64(0)
-        if has_outlook:
-            same += 1
+        worth: Number = np.int64(1)
+        if machine.outlook.shape[0] > 0:
             for j in range(top_k):
-                same += machine.outlook[layer, ids[layer, token, j], rank]
+                worth += machine.outlook[layer, ids[layer, token, j], rank]
         else:
             for j in range(top_k):
-                same += choice[j] == rank
-        if machine.domain_of_rank[rank] == domain and (
-            same > most or (same == most and best != owner and (rank == owner or rank < best))
-        ):
-            best, most = rank, same
-    ranks = 2 * count_bits(chosen) - has_bit(chosen, owner) - has_bit(chosen, best)
-    cost = machine.row_cost[0] * ranks
-    if machine.row_cost[1] > 0.0:
-        own, new = node_of_rank[owner], node_of_rank[best]
-        entered = 2 * count_bits(nodes) - has_bit(nodes, own) - has_bit(nodes, new)
-        cost += machine.row_cost[1] * entered
-    return best, cost
+                worth += choice[j] == rank
+        worth = ((2 * worth + (rank == owner)) << 6) | (last - rank)
+        may_own = domain_of_rank[rank] == domain_of_rank[owner]
+        best = max(best, worth if may_own else np.int64(0))
+    return last - (best & last) if best > 0 else np.int64(owner)
 
 
 @kernel
