@@ -78,10 +78,7 @@ def _cut(graph: csr_array, parts: int) -> NDArray[np.int64]:
         raise StrategyError(msg) from error
     if parts == 1:
         return np.zeros(graph.shape[0], dtype=np.int64)
-    _, part = pymetis.part_graph(
-        parts,
-        xadj=graph.indptr.tolist(),
-        adjncy=graph.indices.tolist(),
-        eweights=graph.data.astype(np.int64).tolist(),
-    )
+    adjacency = pymetis.CSRAdjacency(graph.indptr.tolist(), graph.indices.tolist())
+    weights = graph.data.astype(np.int64).tolist()
+    _, part = pymetis.part_graph(parts, adjacency, eweights=weights)
     return np.asarray(part, dtype=np.int64)
