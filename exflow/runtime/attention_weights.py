@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from exflow.models.parts import FullAttention, LatentAttention
+from exflow.runtime.norms import NormWeights
 
 if TYPE_CHECKING:
-    from exflow.runtime.norms import NormWeights
     from exflow.runtime.tensor_reader import TensorReader
 
 
@@ -24,7 +24,8 @@ class FullWeights:
     Attributes:
         qkv: (D, queries + keys + values), the three projections side by side.
         qkv_bias: of the three.
-        qk_norm: (query and key heads, head size) norm weights.
+        qk_norms: of queries and keys: none, one for each head, (query and key heads, head size), or
+            two over the whole widths of all queries and of all keys.
         sinks: (H) logits for attending to nothing.
         output: (queries, D).
         output_bias: (D).
@@ -32,7 +33,7 @@ class FullWeights:
 
     qkv: torch.Tensor
     qkv_bias: torch.Tensor | None
-    qk_norm: torch.Tensor | None
+    qk_norms: tuple[NormWeights, ...]
     sinks: torch.Tensor | None
     output: torch.Tensor
     output_bias: torch.Tensor | None
@@ -87,7 +88,7 @@ def _read_full(reader: TensorReader, prefix: str, attention: FullAttention) -> F
     return FullWeights(
         qkv=qkv,
         qkv_bias=qkv_bias,
-        qk_norm=_read_qk_norm(reader, prefix, attention),
+        qk_norms=_read_qk_norms(reader, prefix, attention),
         sinks=sinks,
         output=output,
         output_bias=output_bias,
@@ -122,17 +123,23 @@ def _read_output(
     return weight, reader.bias(name, hidden, is_there=has_bias)
 
 
-def _read_qk_norm(
+def _read_qk_norms(
     reader: TensorReader, prefix: str, attention: FullAttention
-) -> torch.Tensor | None:
+) -> tuple[NormWeights, ...]:
     if attention.qk_norm == "none":
-        return None
-    size, parts = attention.head_dim, []
-    for name, heads in (("q", attention.num_heads), ("k", attention.num_kv_heads)):
-        width = size if attention.qk_norm == "head" else heads * size
-        weight = reader.read(f"{prefix}{name}_norm.weight", (width,))
-        parts.append(weight.view(-1, size).expand(heads, size))
-    return torch.cat(parts)
+        return ()
+    size, is_by_head = attention.head_dim, attention.qk_norm == "head"
+    heads = {"q": attention.num_heads, "k": attention.num_kv_heads}
+    norms = [
+        reader.norm(f"{prefix}{name}_norm", size if is_by_head else count * size)
+        for name, count in heads.items()
+    ]
+    if not is_by_head:
+        return tuple(norms)
+    weights = [
+        norm.weight.expand(count, size) for norm, count in zip(norms, heads.values(), strict=True)
+    ]
+    return (NormWeights(weight=torch.cat(weights), bias=None, eps=norms[0].eps),)
 
 
 def _read_latent(reader: TensorReader, prefix: str, attention: LatentAttention) -> LatentWeights:

@@ -14,7 +14,7 @@ from exflow.models.parts import LatentAttention
 from exflow.runtime.attention import rotate
 from exflow.runtime.attention_weights import LatentWeights
 from exflow.runtime.experts import linear
-from exflow.runtime.norms import normalize, rms_norm
+from exflow.runtime.norms import normalize
 
 if TYPE_CHECKING:
     from exflow.models.definition import DecoderDefinition
@@ -34,7 +34,7 @@ def project(
         assert isinstance(weights, LatentWeights)
         return _project_latent(attention, weights, normed_TD, rotation_T2E)
     assert not isinstance(weights, LatentWeights)
-    return _project_full(definition, attention, weights, normed_TD, rotation_T2E)
+    return _project_full(attention, weights, normed_TD, rotation_T2E)
 
 
 def collect(weights: FullWeights | LatentWeights, found: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,6 @@ def collect(weights: FullWeights | LatentWeights, found: torch.Tensor) -> torch.
 
 
 def _project_full(
-    definition: DecoderDefinition,
     attention: FullAttention,
     weights: FullWeights,
     normed_TD: torch.Tensor,
@@ -56,7 +55,7 @@ def _project_full(
     num_rotated = attention.num_heads + attention.num_kv_heads
     projected = linear(normed_TD, weights.qkv, weights.qkv_bias)
     projected = projected.view(len(normed_TD), -1, attention.head_dim)
-    heads = _normed_heads(attention, weights, projected[:, :num_rotated], definition.norm_eps)
+    heads = _normed_heads(attention, weights, projected[:, :num_rotated])
     values = projected[:, num_rotated:]
     if attention.clip_qkv is not None:
         heads = heads.clamp(-attention.clip_qkv, attention.clip_qkv)
@@ -67,16 +66,19 @@ def _project_full(
 
 
 def _normed_heads(
-    attention: FullAttention, weights: FullWeights, heads: torch.Tensor, eps: float
+    attention: FullAttention, weights: FullWeights, heads: torch.Tensor
 ) -> torch.Tensor:
     """Queries and keys after their norms: over each head, or each over its whole width."""
-    if weights.qk_norm is None:
+    if attention.qk_norm == "none":
         return heads
     if attention.qk_norm == "head":
-        return rms_norm(heads, eps) * weights.qk_norm
+        return normalize(heads, weights.qk_norms[0])
     sections = torch.split(heads, [attention.num_heads, attention.num_kv_heads], dim=1)
-    parts = [rms_norm(part.flatten(1), eps).view_as(part) for part in sections]
-    return torch.cat(parts, dim=1) * weights.qk_norm
+    parts = [
+        normalize(part.flatten(1), norm).view_as(part)
+        for part, norm in zip(sections, weights.qk_norms, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _project_latent(
