@@ -211,7 +211,7 @@ def advise(
 ) -> list[dict[str, Any]]:
     """Every protocol and coherence domain with its rows and times, the fastest first.
 
-    A step's time is that of the layers' phases and, at its end, of sharing keys and values, which
+    A step's time is that of the layers' phases and of sharing keys and values, which
     cross to a node once. Backends other than exflow return tokens home, so only `home` is listed.
     """
     ranks, choices = plan.num_ranks, []

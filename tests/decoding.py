@@ -91,6 +91,11 @@ def make_case(plan, protocol="home", domain=None, batch_size=5, **params):
     )
 
 
+def sharing_at_once(case):
+    """The same, keys and values leaving after each layer instead of at the step's end."""
+    return replace(case, options=replace(case.options, share_bytes=1))
+
+
 def decode(model, case, prompts=PROMPTS):
     """Decode on this rank and the others."""
     ranks, definition = Ranks.from_environment(), model.definition

@@ -6,7 +6,7 @@ G query heads a key-value head, E width of a key, F elements the cache keeps of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from exflow.runtime.kv_cache import KvCache
 
 
+Written: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
 class Attention(Protocol):
     """The attention of one forward pass.
 
     Attributes:
-        written: (addresses, entries) of all keys and values the pass stored, in order.
+        written: (addresses, entries) of the keys and values stored last; None before the first.
     """
 
-    written: list[tuple[torch.Tensor, torch.Tensor]]
+    written: Written | None
 
     def rotation(self, slots_T: torch.Tensor) -> torch.Tensor | None:
         """(T, 2, E) cosines, and sines with their signs, for the tokens' positions."""
@@ -103,7 +106,7 @@ class DecodeAttention:
             positions_S: position of each slot's new token.
             longest: the largest of these positions that is in use.
         """
-        self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.written: Written | None = None
         self._definition = definition
         self._cache = cache
         attention = definition.attention
@@ -157,7 +160,7 @@ class DecodeAttention:
         num_tokens = slots_T.shape[0]
         addresses_T = self._addresses_LT[layer]
         cache.write(addresses_T, entries_TF)
-        self.written.append((addresses_T, entries_TF))
+        self.written = addresses_T, entries_TF
         keys, values = keys_and_values(cache.read(layer, self._pages_TP), definition.attention)
         found = attend(
             query_THE.view(num_tokens, *self._query_shape),
@@ -193,7 +196,7 @@ class PrefillAttention:
             lengths: tokens of each that this pass reads.
             starts: tokens of each that earlier passes have read; none unless given.
         """
-        self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.written: Written | None = None
         self._definition = definition
         self._cache = cache
         self._lengths = list(lengths)
@@ -233,7 +236,7 @@ class PrefillAttention:
         del slots_T
         addresses_T = self._addresses_T + layer * self._cache.num_tokens
         self._cache.write(addresses_T, entries_TF)
-        self.written.append((addresses_T, entries_TF))
+        self.written = addresses_T, entries_TF
         parts = zip(
             torch.split(query_THE, self._lengths),
             torch.split(entries_TF, self._lengths),

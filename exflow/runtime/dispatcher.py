@@ -209,7 +209,8 @@ class CoherentDispatcher:
         ranks_TK = choices_TK // tables.num_experts
         next_T = tables.next_owners(layer, ranks_TK, expert_ids_TK)
         wanted_TW = ranks_that_run(ranks_TK, tables.num_ranks)
-        wanted_TW[:, tables.rank] |= next_T == tables.rank
+        if self.has_combine:
+            wanted_TW[:, tables.rank] |= next_T == tables.rank
         token_M, send_counts = order_by_rank(wanted_TW)
         moves = torch.bincount(next_T, minlength=tables.num_ranks).tolist()
         counts = self.wire.share_counts(send_counts + moves)

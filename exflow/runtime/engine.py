@@ -29,7 +29,7 @@ from exflow.runtime.metrics import PHASES, PhaseMetrics
 from exflow.runtime.requests import NewToken
 from exflow.runtime.rows import RowFormat
 from exflow.runtime.scheduler import Scheduler
-from exflow.runtime.sharing import find_relays
+from exflow.runtime.sharing import MESSAGE_BYTES, Routes, find_relays
 from exflow.runtime.steps import Steps
 from exflow.runtime.tables import PlacementTables
 from exflow.runtime.wire import Wire
@@ -66,6 +66,8 @@ class EngineOptions:
         kv_budget: memory for keys and values on each rank; without limits, what the longest
             `batch_size` requests need.
         prefill_chunk: prompt tokens that a rank reads between two decode steps; None for all.
+        share_bytes: keys and values leave for the coherence domain during a step, beside the rows,
+            whenever ranks have so many bytes of them on average; the rest at its end.
     """
 
     protocol: Protocol = "coherent"
@@ -74,9 +76,14 @@ class EngineOptions:
     batch_size: int = 16
     kv_budget: KvBudget = field(default_factory=KvBudget)
     prefill_chunk: int | None = 2048
+    share_bytes: int = MESSAGE_BYTES
 
     def __post_init__(self) -> None:
-        counts = {"batch-size": self.batch_size, "prefill-chunk": self.prefill_chunk}
+        counts = {
+            "batch-size": self.batch_size,
+            "prefill-chunk": self.prefill_chunk,
+            "share-bytes": self.share_bytes,
+        }
         for name, count in counts.items():
             if count is not None and count < 1:
                 msg = f"--{name} must be at least 1, got {count}"
@@ -156,13 +163,17 @@ class Engine:
             device=embedding.device,
         )
         dispatch = options.dispatch_for(plan, ranks)
+        domain_of_rank: list[int] = tables.domain_of_rank.tolist()
+        nodes: list[int] = tables.node_of_rank.tolist()
+        is_flat = dispatch == "flat"
+        routes = Routes(domain_of_rank, None if is_flat else find_relays(domain_of_rank, nodes))
         wire = Wire(
             ranks,
             embedding.device,
             self.metrics["prefill"],
-            num_nodes=plan.topology.num_nodes if dispatch == "hierarchical" else 1,
+            num_nodes=1 if is_flat else plan.topology.num_nodes,
+            has_background=routes.has_domains,
         )
-        domain_of_rank: list[int] = tables.domain_of_rank.tolist()
         self._steps = Steps(
             decoder=decoder,
             rotary=Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device),
@@ -172,9 +183,8 @@ class Engine:
             recorder=recorder,
             rank=ranks.rank,
             domain_of_rank=domain_of_rank,
-            kv_relays=None
-            if dispatch == "flat"
-            else find_relays(domain_of_rank, tables.node_of_rank.tolist()),
+            routes=routes,
+            share_bytes=options.share_bytes,
         )
 
     @torch.inference_mode()
@@ -209,6 +219,7 @@ class Engine:
             is_streaming=on_token is not None and self._is_first,
         )
         cache = self._make_cache(requests, limits)
+        self._steps.connect()
         self.scheduler = scheduler
         while scheduler.has_work:
             yield from scheduler.join()[1]

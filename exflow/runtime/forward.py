@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from exflow.runtime.dispatcher import Dispatcher
     from exflow.runtime.metrics import PhaseMetrics
     from exflow.runtime.recorder import DecodeRecorder
+    from exflow.runtime.sharing import StepSharing
 
 
 def run_layers(
@@ -27,17 +28,24 @@ def run_layers(
     *,
     metrics: PhaseMetrics,
     recorder: DecodeRecorder | None,
-) -> tuple[Tokens, list[int]]:
-    """Take tokens through all layers.
+    sharing: StepSharing | None,
+) -> Tokens:
+    """Take tokens through all layers; they may end on other ranks.
 
-    Returns:
-        The tokens where they ended, and how many keys and values each rank has stored.
+    Args:
+        decoder: the model.
+        tokens: where they start.
+        attention: the pass's attention.
+        dispatcher: brings them to experts.
+        metrics: counts of the phase.
+        recorder: takes down the routing.
+        sharing: sends keys and values to other ranks meanwhile.
     """
-    stored = [0] * len(tokens.owned)
     moe_layer = 0
     for layer in range(decoder.definition.num_layers):
-        stored = [count + owned for count, owned in zip(stored, tokens.owned, strict=True)]
         hidden_TD = decoder.attend(layer, tokens.hidden, tokens.slots, attention)
+        if sharing is not None:
+            sharing.add(tokens.owned, attention.written if len(hidden_TD) else None)
         if decoder.weights.layers[layer].experts is None:
             hidden_TD = decoder.dense(layer, hidden_TD)
             tokens = Tokens(hidden=hidden_TD, slots=tokens.slots, owned=tokens.owned)
@@ -49,7 +57,7 @@ def run_layers(
             decoder, layer, moe_layer, tokens, dispatcher, metrics=metrics, recorder=recorder
         )
         moe_layer += 1
-    return tokens, stored
+    return tokens
 
 
 def _run_experts(

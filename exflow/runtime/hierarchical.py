@@ -23,7 +23,6 @@ import torch
 
 from exflow.runtime.dispatcher import CoherentRecord, Tokens, exchange_partials, rows_of
 from exflow.runtime.tables import order_by_rank, ranks_that_run
-from placement.traffic import relays
 
 if TYPE_CHECKING:
     from exflow.runtime.dispatcher import Rows
@@ -192,7 +191,7 @@ class HierarchicalCoherentDispatcher:
         """Partial sums are added on their node by one rank, then go to the next owners."""
         tables, rank, next_N = self.tables, self.tables.rank, record.next_owner_N
         runs_NW = ranks_that_run(record.ranks_NK, tables.num_ranks)
-        via_NW = relays(runs_NW, next_N, tables.node_of_rank)
+        via_NW = tables.relays(runs_NW, next_N)
         is_last_N = via_NW[:, rank] == rank
         sums_ND = self._add_on_node(partial_ND, runs_NW, via_NW, record)
         goes_NW = ranks_that_run(next_N[:, None], tables.num_ranks)
@@ -236,7 +235,7 @@ class HierarchicalCoherentDispatcher:
 def find_hops(runs_TW: torch.Tensor, tables: PlacementTables, ranks_per_node: int) -> Hops:
     """Who sends the rows of tokens that this rank owns to whom."""
     owner_T = torch.full_like(runs_TW[:, 0], tables.rank, dtype=torch.int64)
-    via_TW = relays(runs_TW, owner_T, tables.node_of_rank)
+    via_TW = tables.relays(runs_TW, owner_T)
     ranks_W = torch.arange(tables.num_ranks, device=runs_TW.device)
     is_direct_TW = via_TW == ranks_W
     fanned = (runs_TW & ~is_direct_TW).nonzero()

@@ -31,7 +31,7 @@ class Choice:
         coherence_domain: ranks that share keys and values.
         rows_per_token: rows on the wire, all layers.
         layers_us: microseconds a step for rows and latencies of all layers.
-        kv_us: microseconds a step for sharing keys and values, which this runtime does not hide.
+        kv_us: microseconds a step that keys and values take on the same links, beside the rows.
     """
 
     protocol: Protocol

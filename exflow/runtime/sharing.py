@@ -1,17 +1,18 @@
-"""The end of a step: new tokens go to all ranks, new keys and values to the coherence domain.
+"""Keys and values go to the coherence domain while later layers compute; new tokens go to all ranks.
 
-One all-to-all. What rank s sends to rank w:
+A *record* is one cache entry and where it belongs: | address: int64 | keys and values |. Records leave
+as soon as there are enough for a message, on a process group of their own, and the step's end waits
+for them. There, one more message has the rest of them, and what every rank needs:
 
-    | slot, token id: int32 pairs | addresses: int64 | keys and values |
+    | slot, token id: int32 pairs | records |
 
-the last two only inside the domain. Every rank knows how many tokens each rank owned at every
-layer, so the sizes need no message. Where dispatch is hierarchical and a domain spans nodes, keys and
-values cross to each node once, and a second exchange fans them out inside. Shape suffixes: T tokens, N cache entries, F entry elements.
+Every rank knows how many tokens each rank owned at every layer, so the sizes need no message. Where
+dispatch is hierarchical and a domain spans nodes, records cross to each node once, and an exchange
+at the step's end fans them out inside. Shape suffixes: T tokens, N records, B bytes of a record, F entry elements.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -20,157 +21,215 @@ import torch
 from placement.traffic import relays
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from exflow.runtime.attention import Written
     from exflow.runtime.kv_cache import KvCache
+    from exflow.runtime.ranks import Pending
     from exflow.runtime.wire import Wire
 
 Relays: TypeAlias = "list[list[int]]"
 
 TOKEN_BYTES = 8
 ADDRESS_BYTES = 8
+MESSAGE_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How much each rank shares.
-
-    Attributes:
-        tokens: new tokens of each rank.
-        entries: keys and values each rank has stored.
-        entry_bytes: bytes of one.
-        domain_of_rank: coherence domains.
-        relays: relays[source][destination], the rank that brings the destination the source's
-            keys and values; None where the source does.
-    """
-
-    tokens: Sequence[int]
-    entries: Sequence[int]
-    entry_bytes: int
-    domain_of_rank: Sequence[int]
-    relays: Relays | None = None
-
-    def between(self, source: int, destination: int) -> int:
-        """Bytes from one rank to another; none to itself."""
-        if source == destination:
-            return 0
-        tokens = self.tokens[source] * TOKEN_BYTES
-        if self.domain_of_rank[source] != self.domain_of_rank[destination]:
-            return tokens
-        if self.relays is not None and self.relays[source][destination] != destination:
-            return tokens
-        return tokens + self.shared_by(source)
-
-    def shared_by(self, rank: int) -> int:
-        """Bytes of the keys and values a rank has stored, with their addresses."""
-        return self.entries[rank] * (ADDRESS_BYTES + self.entry_bytes)
-
-    def relayed(self, relay: int, destination: int) -> list[int]:
-        """The ranks whose keys and values a relay passes on to another rank of its node."""
-        if self.relays is None or relay == destination:
-            return []
-        return [
-            source
-            for source, relays in enumerate(self.relays)
-            if relays[destination] == relay
-            and source != relay
-            and self.domain_of_rank[source] == self.domain_of_rank[destination]
-        ]
-
-
-def find_relays(domain_of_rank: Sequence[int], node_of_rank: Sequence[int]) -> Relays | None:
-    """Who brings whose keys and values to whom, each crossing to a node once.
-
-    None if nobody has anything to pass on.
+def find_relays(domain_of_rank: Sequence[int], node_of_rank: Sequence[int]) -> Relays:
+    """Who brings whose records to whom, each crossing to a node once.
 
     >>> find_relays([0, 0, 0, 0], [0, 0, 1, 1])
     [[0, 1, 2, 2], [0, 1, 3, 3], [0, 0, 2, 3], [1, 1, 2, 3]]
-    >>> find_relays([0, 0, 1, 1], [0, 0, 1, 1])
     """
     domains = np.asarray(domain_of_rank)
     in_domain = domains[:, None] == domains
-    found = relays(in_domain, np.arange(len(domains)), np.asarray(node_of_rank))
-    is_passed = in_domain & (found != np.arange(len(domains)))
-    table: Relays = found.tolist()
-    return table if is_passed.any() else None
+    table: Relays = relays(in_domain, np.arange(len(domains)), np.asarray(node_of_rank)).tolist()
+    return table
 
 
-def share(
-    wire: Wire,
-    cache: KvCache,
-    sizes: Sizes,
-    *,
-    slots_T: torch.Tensor,
-    token_ids_T: torch.Tensor,
-    written: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> dict[int, int]:
-    """Share a step's tokens and cache entries; store those of the domain's other ranks.
+class Routes:
+    """Which ranks get whose records, and from whom."""
 
-    Args:
-        wire: the collectives.
-        cache: this rank's cache.
-        sizes: how much each rank shares.
-        slots_T: slots of the tokens sampled here.
-        token_ids_T: the tokens.
-        written: (addresses, entries) stored here during the step.
+    def __init__(self, domain_of_rank: Sequence[int], relays: Relays | None = None) -> None:
+        """The routes of a job.
 
-    Returns:
-        The new token of each slot.
-    """
-    tokens = torch.stack([slots_T, token_ids_T], dim=1).to(torch.int32)
-    ranks = range(wire.num_ranks)
-    send_sizes = [sizes.between(wire.rank, rank) for rank in ranks]
-    receive_sizes = [sizes.between(rank, wire.rank) for rank in ranks]
-    content = _pack(tokens, written)
-    sent = torch.cat([content[:size] for size in send_sizes])
-    received = wire.exchange_bytes(sent, send_sizes, receive_sizes)
-    num_token_bytes = sum(sizes.tokens[wire.rank] * TOKEN_BYTES for size in send_sizes if size)
-    wire.metrics.num_bytes["tokens"] += num_token_bytes
-    wire.metrics.num_bytes["kv_share"] += sum(send_sizes) - num_token_bytes
-    pairs = [tokens]
-    stored: dict[int, torch.Tensor] = {}
-    for rank, part in enumerate(torch.split(received, receive_sizes)):
-        num_tokens = sizes.tokens[rank] * TOKEN_BYTES
-        pairs.append(part[:num_tokens].view(torch.int32).view(-1, 2))
-        if len(part) > num_tokens:
-            stored[rank] = part[num_tokens:]
-    if sizes.relays is not None:
-        stored |= _pass_on(wire, sizes, stored, content)
-    for rank, part in stored.items():
-        _store(cache, part, sizes.entries[rank])
-    return dict(torch.cat(pairs).tolist())
+        Args:
+            domain_of_rank: coherence domains.
+            relays: relays[source][destination], the rank that brings the destination the source's
+                records; None where every source does.
+        """
+        self.num_ranks = len(domain_of_rank)
+        self._domains = list(domain_of_rank)
+        self._relays = relays
+        self.has_domains = len(set(self._domains)) < self.num_ranks
+        ranks = range(self.num_ranks)
+        self.has_hops = any(self.relayed(relay, to) for relay in ranks for to in ranks)
+
+    def is_direct(self, source: int, destination: int) -> bool:
+        """Whether a rank sends its records to another itself."""
+        if source == destination or self._domains[source] != self._domains[destination]:
+            return False
+        return self._relays is None or self._relays[source][destination] == destination
+
+    def relayed(self, relay: int, destination: int) -> list[int]:
+        """The ranks whose records a relay passes on to another rank of its node."""
+        if self._relays is None or relay == destination:
+            return []
+        return [
+            source
+            for source, relays in enumerate(self._relays)
+            if relays[destination] == relay
+            and source != relay
+            and self._domains[source] == self._domains[destination]
+        ]
 
 
-def _pass_on(
-    wire: Wire, sizes: Sizes, stored: Mapping[int, torch.Tensor], like: torch.Tensor
-) -> dict[int, torch.Tensor]:
-    """Fan out inside the node what came from others; what this rank gets, by source."""
-    node = range(wire.first_of_node, wire.first_of_node + wire.ranks_per_node)
-    empty = like[:0]
-    sent = [[stored.get(source, empty) for source in sizes.relayed(wire.rank, to)] for to in node]
-    sources = [source for relay in node for source in sizes.relayed(relay, wire.rank)]
-    receive_sizes = [
-        sum(sizes.shared_by(source) for source in sizes.relayed(relay, wire.rank)) for relay in node
-    ]
-    send_sizes = [sum(map(len, parts)) for parts in sent]
-    content = torch.cat([empty, *(part for parts in sent for part in parts)])
-    received = wire.exchange_bytes(content, send_sizes, receive_sizes, in_node=True)
-    wire.metrics.num_bytes["kv_share"] += sum(send_sizes)
-    parts = torch.split(received, [sizes.shared_by(source) for source in sources])
-    return {source: part for source, part in zip(sources, parts, strict=True) if len(part)}
+class StepSharing:
+    """What this rank shares, and gets, in one step."""
 
+    def __init__(
+        self, wire: Wire, cache: KvCache, routes: Routes, *, message_bytes: int = MESSAGE_BYTES
+    ) -> None:
+        """Begin a step.
 
-def _pack(
-    tokens_T2: torch.Tensor, written: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
-    parts = [tokens_T2.flatten().view(torch.uint8)]
-    parts += [addresses.view(torch.uint8) for addresses, _ in written]
-    parts += [entries.flatten().view(torch.uint8) for _, entries in written]
-    return torch.cat(parts)
+        Args:
+            wire: the collectives.
+            cache: this rank's cache.
+            routes: who gets whose records.
+            message_bytes: records leave before the step's end once the ranks have so many bytes of
+                them on average.
+        """
+        self._wire = wire
+        self._cache = cache
+        self._routes = routes
+        self._record_bytes = ADDRESS_BYTES + cache.entries.shape[1] * cache.entries.element_size()
+        self._enough = message_bytes * routes.num_ranks
+        self._written: list[Written] = []
+        self._unsent = [0] * routes.num_ranks
+        self._sent: list[tuple[list[int], Pending]] = []
 
+    def add(self, owned: Sequence[int], written: Written | None) -> None:
+        """A layer's keys and values are stored where the tokens are.
 
-def _store(cache: KvCache, content: torch.Tensor, num_entries: int) -> None:
-    content = content.clone()  # int64 addresses need alignment
-    addresses_N = content[: num_entries * ADDRESS_BYTES].view(torch.int64)
-    entries = content[num_entries * ADDRESS_BYTES :].view(cache.entries.dtype)
-    cache.write(addresses_N, entries.view(num_entries, -1))
+        Args:
+            owned: how many tokens each rank owns at this layer.
+            written: addresses and entries stored here; None if no token is here.
+        """
+        if not self._routes.has_domains:
+            return
+        self._unsent = [count + more for count, more in zip(self._unsent, owned, strict=True)]
+        if written is not None:
+            self._written.append(written)
+        if sum(self._unsent) * self._record_bytes >= self._enough:
+            send_sizes, receive_sizes = self._sizes(self._unsent)
+            records = self._pack()
+            content = torch.cat([records[:size] for size in send_sizes])
+            self._wire.metrics.num_bytes["kv_share"] += len(content)
+            pending = self._wire.start_exchange(content, send_sizes, receive_sizes)
+            self._sent.append((self._unsent, pending))
+            self._unsent = [0] * self._routes.num_ranks
+
+    def finish(
+        self, *, slots_T: torch.Tensor, token_ids_T: torch.Tensor, owned: Sequence[int]
+    ) -> dict[int, int]:
+        """Share the new tokens and what is left of the records; store those of the others.
+
+        Args:
+            slots_T: slots of the tokens sampled here.
+            token_ids_T: the tokens.
+            owned: how many tokens each rank sampled.
+
+        Returns:
+            The new token of each slot.
+        """
+        wire = self._wire
+        mine = torch.stack([slots_T, token_ids_T], dim=1).to(torch.int32)
+        records = self._pack()
+        content = torch.cat([mine.flatten().view(torch.uint8), records])
+        send_sizes, receive_sizes = self._sizes(self._unsent)
+        ranks = range(wire.num_ranks)
+        token_sizes = [count * TOKEN_BYTES for count in owned]
+        to_sizes = [0 if rank == wire.rank else token_sizes[wire.rank] for rank in ranks]
+        from_sizes = [0 if rank == wire.rank else token_sizes[rank] for rank in ranks]
+        send_all = [size + more for size, more in zip(to_sizes, send_sizes, strict=True)]
+        receive_all = [size + more for size, more in zip(from_sizes, receive_sizes, strict=True)]
+        sent = torch.cat([content[:size] for size in send_all])
+        received = wire.exchange_bytes(sent, send_all, receive_all)
+        wire.metrics.num_bytes["tokens"] += sum(to_sizes)
+        wire.metrics.num_bytes["kv_share"] += sum(send_sizes)
+        parts = torch.split(received, receive_all)
+        tokens = [mine]
+        tokens += [
+            part[:size].view(torch.int32).view(-1, 2)
+            for part, size in zip(parts, from_sizes, strict=True)
+        ]
+        last = [part[size:] for part, size in zip(parts, from_sizes, strict=True)]
+        self._store(last)
+        return dict(torch.cat(tokens).tolist())
+
+    def _sizes(self, entries: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Bytes of records to each rank and from each."""
+        rank, routes = self._wire.rank, self._routes
+        num_bytes = [count * self._record_bytes for count in entries]
+        ranks = range(routes.num_ranks)
+        return (
+            [num_bytes[rank] if routes.is_direct(rank, other) else 0 for other in ranks],
+            [num_bytes[other] if routes.is_direct(other, rank) else 0 for other in ranks],
+        )
+
+    def _pack(self) -> torch.Tensor:
+        """The bytes of the records that have not left."""
+        if not self._written:
+            return torch.empty(0, dtype=torch.uint8, device=self._cache.entries.device)
+        addresses_N = torch.cat([addresses for addresses, _ in self._written])
+        entries_NF = torch.cat([entries for _, entries in self._written])
+        self._written = []
+        parts = [addresses_N[:, None].view(torch.uint8), entries_NF.view(torch.uint8)]
+        return torch.cat(parts, dim=1).flatten()
+
+    def _store(self, last: Sequence[torch.Tensor]) -> None:
+        """Wait for what is under way; store all records that came, by way of relays too.
+
+        Args:
+            last: the records that came with the tokens, by source.
+        """
+        arrived = [[part] for part in last]
+        totals = self._unsent
+        for entries, pending in self._sent:
+            totals = [count + more for count, more in zip(totals, entries, strict=True)]
+            parts = torch.split(pending.wait(), self._sizes(entries)[1])
+            for of_source, part in zip(arrived, parts, strict=True):
+                of_source.append(part)
+        records = [part for of_source in arrived for part in of_source]
+        if self._routes.has_hops:
+            records.append(self._pass_on(arrived, totals))
+        records_NB = torch.cat(records).view(-1, self._record_bytes)
+        if not len(records_NB):
+            return
+        addresses_N1 = records_NB[:, :ADDRESS_BYTES].contiguous().view(torch.int64)
+        entries_NF = records_NB[:, ADDRESS_BYTES:].contiguous().view(self._cache.entries.dtype)
+        self._cache.write(addresses_N1[:, 0], entries_NF)
+
+    def _pass_on(
+        self, arrived: Sequence[Sequence[torch.Tensor]], totals: Sequence[int]
+    ) -> torch.Tensor:
+        """Fan out inside the node what came from others; what this rank gets from relays."""
+        wire, routes = self._wire, self._routes
+        node = range(wire.first_of_node, wire.first_of_node + wire.ranks_per_node)
+        send_sizes = [
+            sum(totals[source] for source in routes.relayed(wire.rank, to)) * self._record_bytes
+            for to in node
+        ]
+        receive_sizes = [
+            sum(totals[source] for source in routes.relayed(relay, wire.rank)) * self._record_bytes
+            for relay in node
+        ]
+        sent = [
+            part
+            for to in node
+            for source in routes.relayed(wire.rank, to)
+            for part in arrived[source]
+        ]
+        content = torch.cat([arrived[0][0][:0], *sent])
+        wire.metrics.num_bytes["kv_share"] += sum(send_sizes)
+        return wire.exchange_bytes(content, send_sizes, receive_sizes, in_node=True)

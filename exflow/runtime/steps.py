@@ -16,7 +16,7 @@ from exflow.runtime.attention import DecodeAttention, PrefillAttention, Rotary
 from exflow.runtime.dispatcher import Dispatcher, Tokens
 from exflow.runtime.forward import run_layers
 from exflow.runtime.sampling import sample
-from exflow.runtime.sharing import Sizes, share
+from exflow.runtime.sharing import StepSharing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from exflow.runtime.metrics import Phase, PhaseMetrics
     from exflow.runtime.recorder import DecodeRecorder
     from exflow.runtime.scheduler import Chunk, Flight
-    from exflow.runtime.sharing import Relays
+    from exflow.runtime.sharing import Routes
     from exflow.runtime.wire import Wire
 
 
@@ -46,7 +46,8 @@ class Steps:
         recorder: takes down the routing of decode steps.
         rank: this rank.
         domain_of_rank: coherence domains.
-        kv_relays: who brings whose keys and values to whom; None where everybody does.
+        routes: which ranks get whose keys and values.
+        share_bytes: keys and values leave during a step once a rank has so many bytes of them.
     """
 
     decoder: Decoder
@@ -57,7 +58,13 @@ class Steps:
     recorder: DecodeRecorder | None
     rank: int
     domain_of_rank: Sequence[int]
-    kv_relays: Relays | None = None
+    routes: Routes
+    share_bytes: int
+
+    def connect(self) -> None:
+        """Make all connections to the other ranks; all must ask."""
+        if self.wire is not None:
+            self.wire.connect()
 
     def prefill(self, chunks: Sequence[Chunk], cache: KvCache) -> dict[int, int]:
         """Read parts of prompts at home; the first new token of each slot whose prompt ends."""
@@ -78,7 +85,8 @@ class Steps:
         token_ids = [token for chunk in mine for token in chunk.token_ids]
         flights = [chunk.flight for chunk in chunks]
         owned = self._by_home(flights, [len(chunk.token_ids) for chunk in chunks])
-        tokens, stored = self._run("prefill", token_ids, attention.slots, owned, attention)
+        sharing = self._sharing(cache)
+        tokens = self._run("prefill", token_ids, attention.slots, owned, attention, sharing)
         ends = np.cumsum(lengths, dtype=np.int64) - 1
         ends_T = self._tensor(ends[[chunk.is_last for chunk in mine]])
         done = [chunk.flight for chunk in chunks if chunk.is_last]
@@ -87,7 +95,7 @@ class Steps:
             slots=tokens.slots[ends_T],
             owned=self._by_home(done, [1] * len(done)),
         )
-        return self._finish("prefill", last, stored, done, attention, cache)
+        return self._finish("prefill", last, done, sharing)
 
     def decode(self, running: Sequence[Flight], cache: KvCache) -> dict[int, int]:
         """One more token of every request in flight, by slot."""
@@ -107,10 +115,16 @@ class Steps:
         token_ids = [flight.token_ids[-1] for flight in mine]
         slots_T = self._tensor([flight.slot for flight in mine])
         owned = self._by_home(running, [1] * len(running))
-        tokens, stored = self._run("decode", token_ids, slots_T, owned, attention)
+        sharing = self._sharing(cache)
+        tokens = self._run("decode", token_ids, slots_T, owned, attention, sharing)
         if self.recorder is not None:
             self.recorder.end_step(requests_S, positions_S)
-        return self._finish("decode", tokens, stored, running, attention, cache)
+        return self._finish("decode", tokens, running, sharing)
+
+    def _sharing(self, cache: KvCache) -> StepSharing | None:
+        if self.wire is None:
+            return None
+        return StepSharing(self.wire, cache, self.routes, message_bytes=self.share_bytes)
 
     def _run(
         self,
@@ -119,7 +133,8 @@ class Steps:
         slots_T: torch.Tensor,
         owned: tuple[int, ...],
         attention: Attention,
-    ) -> tuple[Tokens, list[int]]:
+        sharing: StepSharing | None,
+    ) -> Tokens:
         metrics = self.metrics[phase]
         metrics.start(len(token_ids))
         if self.wire is not None:
@@ -132,16 +147,15 @@ class Steps:
             self.dispatchers[phase],
             metrics=metrics,
             recorder=self.recorder if phase == "decode" else None,
+            sharing=sharing,
         )
 
     def _finish(
         self,
         phase: Phase,
         tokens: Tokens,
-        stored: Sequence[int],
         flights: Sequence[Flight],
-        attention: Attention,
-        cache: KvCache,
+        sharing: StepSharing | None,
     ) -> dict[int, int]:
         """Sample where the tokens stand and share what is new."""
         metrics = self.metrics[phase]
@@ -154,23 +168,10 @@ class Steps:
             positions=np.array([flight.position + 1 for flight in here], dtype=np.int64),
         )
         metrics.lap("sampling")
-        if self.wire is None:
+        if sharing is None:
             return dict(zip(tokens.slots.tolist(), token_ids_T.tolist(), strict=True))
-        has_peers = self.domain_of_rank.count(self.domain_of_rank[self.rank]) > 1
-        sizes = Sizes(
-            tokens=tokens.owned,
-            entries=stored,
-            entry_bytes=cache.entries.shape[1] * cache.entries.element_size(),
-            domain_of_rank=self.domain_of_rank,
-            relays=self.kv_relays,
-        )
-        token_of_slot = share(
-            self.wire,
-            cache,
-            sizes,
-            slots_T=tokens.slots,
-            token_ids_T=token_ids_T,
-            written=attention.written if has_peers else [],
+        token_of_slot = sharing.finish(
+            slots_T=tokens.slots, token_ids_T=token_ids_T, owned=tokens.owned
         )
         metrics.lap("share")
         return token_of_slot

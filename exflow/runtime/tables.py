@@ -7,14 +7,18 @@ Shape suffixes: T tokens, K experts a token, E logical experts, L MoE layers, W 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from placement.traffic import choose_ranks, next_owner
+from placement.traffic import choose_ranks, next_owner, relays
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from placement.plan import PlacementPlan
 
 
@@ -28,7 +32,8 @@ class PlacementTables:
         num_experts: E.
         top_k: K.
         hosts: int64 (L, E, W), 1 where a rank holds a copy.
-        fixed_choice: by layer, (E,) the choice for each expert, or None where experts have copies.
+        fixed_choice: by layer, (E,) the choice for each expert; None where it depends on a token's
+            other experts.
         slot_of_choice: (L, W * E) this rank's slot for a choice, -1 if it is another rank's.
         node_of_rank: (W,).
         domain_of_rank: (W,) coherence domains.
@@ -61,11 +66,19 @@ class PlacementTables:
         experts = torch.arange(plan.num_experts)
         slot_of_choice = torch.full((plan.num_layers, plan.num_ranks * plan.num_experts), -1)
         fixed_choice: list[torch.Tensor | None] = []
+        owner = np.full(plan.num_experts, rank)
+        node_of_rank = plan.topology.node_of_rank
+        ranks_alone = [
+            torch.from_numpy(
+                choose_ranks(of_layer, experts.numpy()[:, None], owner, node_of_rank)[:, 0]
+            )
+            for of_layer in hosts.numpy()
+        ]
         for layer, ranks in enumerate(plan.slots):
             mine = torch.tensor(ranks[rank], dtype=torch.int64)
             slot_of_choice[layer, rank * plan.num_experts + mine] = torch.arange(len(mine))
-            is_fixed = int(hosts[layer].sum()) == plan.num_experts
-            choice = hosts[layer].argmax(dim=1) * plan.num_experts + experts
+            is_fixed = top_k == 1 or int(hosts[layer].sum()) == plan.num_experts
+            choice = ranks_alone[layer] * plan.num_experts + experts
             fixed_choice.append(choice.to(device) if is_fixed else None)
         domains = torch.from_numpy(plan.topology.domain_of_rank(coherence_domain))
         outlook = plan.outlook_table()
@@ -77,7 +90,7 @@ class PlacementTables:
             hosts=hosts.to(device),
             fixed_choice=tuple(fixed_choice),
             slot_of_choice=slot_of_choice.to(device),
-            node_of_rank=torch.from_numpy(plan.topology.node_of_rank).to(device),
+            node_of_rank=torch.from_numpy(node_of_rank).to(device),
             domain_of_rank=domains.to(device),
             outlook=None if outlook is None else torch.from_numpy(outlook).to(device),
         )
@@ -88,18 +101,37 @@ class PlacementTables:
         if fixed is not None:
             return fixed[expert_ids_TK]
         owner_T = torch.full_like(expert_ids_TK[:, 0], self.rank)
-        ranks_TK = choose_ranks(self.hosts[layer], expert_ids_TK, owner_T, self.node_of_rank)
-        chosen: torch.Tensor = ranks_TK * self.num_experts + expert_ids_TK
-        return chosen
+        ranks_TK = _computed(
+            choose_ranks, self.hosts[layer], expert_ids_TK, owner_T, self.node_of_rank
+        )
+        return ranks_TK * self.num_experts + expert_ids_TK
 
     def next_owners(
         self, layer: int, ranks_TK: torch.Tensor, expert_ids_TK: torch.Tensor
     ) -> torch.Tensor:
         """(T,) the next owner of tokens that this rank owns."""
+        if self.top_k == 1 and self.has_one_domain:
+            return ranks_TK[:, 0]
         owner_T = torch.full_like(ranks_TK[:, 0], self.rank)
         ahead_TW = None if self.outlook is None else self.outlook[layer][expert_ids_TK].sum(dim=1)
-        moved: torch.Tensor = next_owner(ranks_TK, owner_T, self.domain_of_rank, ahead_TW)
-        return moved
+        return _computed(next_owner, ranks_TK, owner_T, self.domain_of_rank, ahead_TW)
+
+    def relays(self, runs_TW: torch.Tensor, end_T: torch.Tensor) -> torch.Tensor:
+        """(T, W) `placement.traffic.relays`."""
+        return _computed(relays, runs_TW, end_T, self.node_of_rank)
+
+    @cached_property
+    def has_one_domain(self) -> bool:
+        """Whether a token may be owned by any rank."""
+        return len(set(self.domain_of_rank.tolist())) == 1
+
+
+def _computed(rule: Callable[..., Any], *arrays: torch.Tensor | None) -> torch.Tensor:
+    """A rule of `placement.traffic`; on a CPU by NumPy, whose kernels start faster than PyTorch's."""
+    if any(array is not None and array.is_cuda for array in arrays):
+        found: torch.Tensor = rule(*arrays)
+        return found
+    return torch.from_numpy(rule(*(None if array is None else array.numpy() for array in arrays)))
 
 
 def ranks_that_run(ranks_TK: torch.Tensor, num_ranks: int) -> torch.Tensor:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exflow.runtime.ranks import all_to_all
+from exflow.runtime.ranks import all_to_all, start_all_to_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch.distributed as dist
+
     from exflow.runtime.metrics import PhaseMetrics, RowKind
-    from exflow.runtime.ranks import Ranks
+    from exflow.runtime.ranks import Pending, Ranks
 
 
 class Wire:
@@ -26,16 +28,44 @@ class Wire:
     """
 
     def __init__(
-        self, ranks: Ranks, device: torch.device, metrics: PhaseMetrics, *, num_nodes: int = 1
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        metrics: PhaseMetrics,
+        *,
+        num_nodes: int = 1,
+        has_background: bool = False,
     ) -> None:
-        """The wire of one rank; with `num_nodes` above one, all ranks must make theirs."""
+        """The wire of one rank.
+
+        Args:
+            ranks: this rank.
+            device: where this rank computes.
+            metrics: where rows, bytes and messages are counted.
+            num_nodes: nodes, if something is sent inside nodes only.
+            has_background: whether something is sent beside the rest.
+        """
         self.rank = ranks.rank
+        self.num_ranks = ranks.num_ranks
         self.ranks_per_node = ranks.num_ranks // num_nodes
         self.first_of_node = self.rank - self.rank % self.ranks_per_node
-        self.node_group = ranks.node_group(num_nodes) if num_nodes > 1 else None
-        self.num_ranks = ranks.num_ranks
         self.device = device
         self.metrics = metrics
+        self._ranks = ranks
+        self._has_background = has_background
+        self._node_group: dist.ProcessGroup | None = None
+        self._background: dist.ProcessGroup | None = None
+
+    def connect(self) -> None:
+        """Make the process groups beside the first, once all ranks are ready; all must ask.
+
+        Raises:
+            ContactLostError: another rank has died, or has not come in time.
+        """
+        if self.ranks_per_node < self.num_ranks and self._node_group is None:
+            self._node_group = self._ranks.node_group(self.num_ranks // self.ranks_per_node)
+        if self._has_background and self._background is None:
+            self._background = self._ranks.second_group()
 
     def exchange_rows(
         self,
@@ -60,7 +90,7 @@ class Wire:
             in_node: only with the ranks of this node; the counts are theirs.
         """
         first = self.first_of_node if in_node else 0
-        group = self.node_group if in_node else None
+        group = self._node_group if in_node else None
         width = rows_NB.shape[1]
         received = rows_NB.new_empty((sum(receive_counts), width))
         all_to_all(received, rows_NB, list(receive_counts), list(send_counts), group=group)
@@ -104,10 +134,21 @@ class Wire:
     ) -> torch.Tensor:
         """Bytes of any meaning, sorted by destination; the caller counts them by kind."""
         received = content.new_empty(sum(receive_sizes))
-        group = self.node_group if in_node else None
+        group = self._node_group if in_node else None
         all_to_all(received, content, list(receive_sizes), list(send_sizes), group=group)
         self.metrics.messages["share"] += 1
         return received
+
+    def start_exchange(
+        self, content: torch.Tensor, send_sizes: list[int], receive_sizes: list[int]
+    ) -> Pending:
+        """`exchange_bytes` beside the rest of the step, on a wire with a background."""
+        assert self._background is not None
+        received = content.new_empty(sum(receive_sizes))
+        self.metrics.messages["share"] += 1
+        return start_all_to_all(
+            received, content, receive_sizes, send_sizes, group=self._background
+        )
 
     def _count(self, kind: str, num_bytes: int) -> None:
         self.metrics.messages[kind] += 1

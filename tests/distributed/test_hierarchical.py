@@ -15,6 +15,7 @@ from decoding import (
     make_case,
     make_plan,
     protocols,
+    sharing_at_once,
 )
 from exflow.models.families import define_model
 from harness import run_ranks
@@ -39,6 +40,8 @@ def test_tokens_logits_and_every_link_s_rows_are_right(model, kind):
     cases = [
         replace(case, options=replace(case.options, dispatch="hierarchical")) for case in cases
     ]
+    if kind == "random":
+        cases = [sharing_at_once(case) for case in cases]
     by_rank = run_ranks(4, decode_all, model, cases, timeout=280)
     node = plan.topology.node_of_rank
     crosses = node[:, None] != node
@@ -52,11 +55,11 @@ def test_tokens_logits_and_every_link_s_rows_are_right(model, kind):
         crossed = sum(int(np.array(rows[way])[:, crosses].sum()) for way in rows)
         assert crossed == traffic.inter_node_dedup
         saved += traffic.inter_node - crossed
-        check_flat(results[0], case, traffic)
+        check_flat(model, results[0], case, traffic)
     assert (saved > 0) == (kind != "copies")  # whose copies leave one rank a node to choose
 
 
-def check_flat(result, case, traffic):
+def check_flat(model, result, case, traffic):
     """The same number of rows as in flat dispatch, and two more messages a layer."""
     flat = count_traffic(
         result.trace,
@@ -71,8 +74,9 @@ def check_flat(result, case, traffic):
     messages = result.decode["messages"]
     assert messages["counts"] == layers
     assert messages["dispatch"] == messages["combine"] == 2 * layers
-    spans_nodes = case.options.domain_size == 4
-    assert messages["share"] == (1 + spans_nodes) * result.decode["steps"]
+    is_shared, spans_nodes = case.options.domain_size != 1, case.options.domain_size == 4
+    by_layer = is_shared * model.definition.num_layers if case.options.share_bytes == 1 else 0
+    assert messages["share"] == (1 + spans_nodes + by_layer) * result.decode["steps"]
 
 
 def test_with_one_expert_a_token_only_keys_and_values_are_fanned_out(tmp_path):

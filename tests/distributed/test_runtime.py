@@ -17,6 +17,7 @@ from decoding import (
     make_case,
     make_plan,
     protocols,
+    sharing_at_once,
 )
 from exflow.models.families import define_model
 from exflow.runtime.ranks import Ranks
@@ -46,6 +47,7 @@ def test_tokens_logits_and_rows_are_right_for_every_plan_and_protocol(model, num
     kinds = ("linear", "copies") if num_ranks > 1 else ("linear",)
     plans = [make_plan(model.definition, num_ranks, kind) for kind in kinds]
     cases = [make_case(plan, *protocol) for plan in plans for protocol in protocols(num_ranks)]
+    cases[-1] = sharing_at_once(cases[-1])
     by_rank = run_ranks(num_ranks, decode_all, model, cases, timeout=280)
     for number, case in enumerate(cases):
         results = [results[number] for results in by_rank]
@@ -62,11 +64,12 @@ def on_two_ranks(model):
     cases = [
         make_case(plan, *protocol) for protocol in (("home",), ("coherent", 1), ("coherent", 2))
     ]
+    cases.append(sharing_at_once(cases[-1]))
     return run_ranks(2, decode_all, model, cases)[0]
 
 
 def test_a_domain_of_one_rank_is_home(on_two_ranks):
-    home, alone, _ = on_two_ranks
+    home, alone, *_ = on_two_ranks
     assert home.tokens == alone.tokens
     assert home.decode["rows"] == alone.decode["rows"]
     assert home.decode["messages"] == alone.decode["messages"]
@@ -77,7 +80,7 @@ def test_a_domain_of_one_rank_is_home(on_two_ranks):
 
 def test_messages_a_step(model, on_two_ranks):
     """Counts and rows a layer; partial sums where they travel; one exchange at the end."""
-    home, _, coherent = on_two_ranks
+    home, _, coherent, _ = on_two_ranks
     layers = len(model.definition.moe_layer_ids)
     for result in (home, coherent):
         steps, messages = result.decode["steps"], result.decode["messages"]
@@ -91,7 +94,7 @@ def test_messages_a_step(model, on_two_ranks):
 
 
 def test_bytes_are_rows_times_their_width(model, on_two_ranks):
-    definition, (_, _, result) = model.definition, on_two_ranks
+    definition, result = model.definition, on_two_ranks[2]
     rows = {kind: int(np.sum(counts)) for kind, counts in result.decode["rows"].items()}
     counted = result.decode["bytes"]
     assert counted["payload"] == sum(rows.values()) * definition.hidden_size * 4
@@ -99,6 +102,18 @@ def test_bytes_are_rows_times_their_width(model, on_two_ranks):
     assert counted["tokens"] == result.decode["tokens"] * 8
     entries = result.decode["tokens"] * definition.num_layers
     assert counted["kv_share"] == entries * (8 + definition.kv_width * 4)
+
+
+def test_keys_and_values_may_leave_while_later_layers_compute(model, on_two_ranks):
+    """More messages; the same bytes, tokens and logits."""
+    _, _, at_the_end, at_once = on_two_ranks
+    steps = at_once.decode["steps"]
+    assert at_once.decode["messages"]["share"] == steps * (1 + model.definition.num_layers)
+    assert at_once.decode["bytes"] == at_the_end.decode["bytes"]
+    assert at_once.tokens == at_the_end.tokens
+    assert at_once.logits.keys() == at_the_end.logits.keys()
+    for key, row in at_once.logits.items():
+        assert np.array_equal(row, at_the_end.logits[key])
 
 
 def test_few_requests_leave_ranks_without_tokens(model):

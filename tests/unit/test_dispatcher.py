@@ -10,7 +10,7 @@ from exflow.runtime.dispatcher import LocalDispatcher, Tokens
 from exflow.runtime.expert_weights import ExpertWeights
 from exflow.runtime.experts import run_experts
 from exflow.runtime.rows import RowFormat
-from exflow.runtime.sharing import Sizes, find_relays
+from exflow.runtime.sharing import Routes, find_relays
 from exflow.runtime.tables import PlacementTables, order_by_rank, ranks_that_run
 from placement.plan import PlacementPlan, Strategy
 from placement.topology import Topology
@@ -148,30 +148,26 @@ def test_the_local_dispatcher_gives_rows_that_are_the_tokens():
     assert torch.equal(combined.slots, slots)
 
 
-def test_entries_are_shared_inside_the_domain_and_tokens_with_all():
-    sizes = Sizes(
-        tokens=(2, 1, 0, 3), entries=(4, 2, 0, 6), entry_bytes=64, domain_of_rank=(0, 0, 1, 1)
-    )
-    assert sizes.between(0, 1) == 2 * 8 + 4 * (8 + 64)
-    assert sizes.between(0, 2) == 2 * 8
-    assert sizes.between(2, 3) == 0
-    assert sizes.between(3, 3) == 0
+def test_records_stay_inside_the_domain():
+    routes = Routes([0, 0, 1, 1])
+    pairs = [(a, b) for a in range(4) for b in range(4) if routes.is_direct(a, b)]
+    assert pairs == [(0, 1), (1, 0), (2, 3), (3, 2)]
+    assert routes.has_domains
+    assert not routes.has_hops
+    assert not Routes([0, 1, 2, 3]).has_domains
 
 
-def test_keys_and_values_cross_to_a_node_once_and_are_passed_on_there():
-    """Six ranks, one domain, nodes of three: every rank gets each other's entries once."""
+def test_records_cross_to_a_node_once_and_are_passed_on_there():
+    """Six ranks, one domain, nodes of three: every rank gets each other's records once."""
     nodes = [0, 0, 0, 1, 1, 1]
-    relays = find_relays([0] * 6, nodes)
-    sizes = Sizes(
-        tokens=(0,) * 6, entries=(1,) * 6, entry_bytes=56, domain_of_rank=(0,) * 6, relays=relays
-    )
+    routes = Routes([0] * 6, find_relays([0] * 6, nodes))
+    assert routes.has_hops
     for source in range(6):
-        crossed = [
-            to for to in range(6) if nodes[to] != nodes[source] and sizes.between(source, to)
-        ]
-        assert len(crossed) == 1
+        crossed = [to for to in range(6) if nodes[to] != nodes[source]]
+        assert sum(routes.is_direct(source, to) for to in crossed) == 1
         for to in set(range(6)) - {source}:
-            got = [relay for relay in range(6) if source in sizes.relayed(relay, to)]
-            assert len(got) + (sizes.between(source, to) > 0) == 1
+            got = [relay for relay in range(6) if source in routes.relayed(relay, to)]
+            assert len(got) + routes.is_direct(source, to) == 1
             assert all(nodes[relay] == nodes[to] for relay in got)
-    assert find_relays([0, 0, 0, 1, 1, 1], nodes) is None
+    within_nodes = [0, 0, 0, 1, 1, 1]
+    assert not Routes(within_nodes, find_relays(within_nodes, nodes)).has_hops

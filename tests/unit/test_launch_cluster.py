@@ -1,5 +1,7 @@
 """The cluster in a box: what it would build, and what it refuses. No root needed."""
 
+import sys
+
 import pytest
 
 from launch.cluster_in_a_box import __main__, launcher, network
@@ -75,7 +77,8 @@ def test_each_node_starts_torchrun_in_its_namespace_and_meets_at_node_zero():
         Cluster(nodes=2, ranks_per_node=4), 1, ["exflow", "run"], per_node=False
     )
     assert argv[:4] == ["ip", "netns", "exec", "box-n1"]
-    line = " ".join(argv[5:])
+    assert argv[4:8] == ["chrt", "--batch", "0", sys.executable]
+    line = " ".join(argv[8:])
     assert line == (
         "-m torch.distributed.run --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr "
         "10.77.0.1 --master-port 29500 --local-addr 10.77.0.2 --no-python exflow run"
