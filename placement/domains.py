@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from placement.trace import RoutingTrace
 
 ROUNDS, HASTE = 3, 2.0
+SPLITS = 5
 
 
 def fair_weights(
@@ -64,6 +65,39 @@ def even_weights(group: NDArray[np.int64]) -> NDArray[np.float32]:
     """(tokens,) weights that give every group the same total."""
     counts = np.bincount(group)
     return (len(group) / np.count_nonzero(counts) / counts[group]).astype(np.float32)
+
+
+def compare_weights(
+    trace: RoutingTrace, topology: Topology, *, options: PlacementOptions | None = None
+) -> dict[str, dict[str, float]]:
+    """Whether domains should count the same, told by the trace alone.
+
+    Where the next text may be of another mix, plans of domains that count the same are evener
+    there; where domains are alike and some small, they are fitted to the chance of a few sequences.
+
+    Returns:
+        By weights, "none" and "even": rows and mean imbalance of plans of one half of the sequences
+        on the other, mean over several splits.
+    """
+    options, place = options or PlacementOptions(), get_strategy("affinity")
+    found: dict[str, list[tuple[float, float]]] = {"none": [], "even": []}
+    for seed in range(1, SPLITS + 1):
+        fit, other = trace.split(seed)
+        weights = {"none": None, "even": even_weights(domains_of(fit))}
+        for name, token_weights in weights.items():
+            plan = place(fit, topology, options=replace(options, token_weights=token_weights))
+            traffic = count_traffic(other, plan)
+            rows = traffic.rows_per_token()["total"]
+            found[name].append((rows, traffic.imbalance()["mean"]))
+    means = {name: np.mean(figures, axis=0).tolist() for name, figures in found.items()}
+    return {name: {"rows": rows, "imbalance": load} for name, (rows, load) in means.items()}
+
+
+def domains_of(trace: RoutingTrace) -> NDArray[np.int64]:
+    """(tokens,) domain of each token, counted from 0 without gaps; one for all if none is named."""
+    if trace.domain_ids is None:
+        return np.zeros(trace.num_tokens, dtype=np.int64)
+    return np.unique(trace.domain_ids, return_inverse=True)[1]
 
 
 def domain_shift(

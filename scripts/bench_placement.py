@@ -4,8 +4,9 @@
     python scripts/bench_placement.py --scale deepseek-v3 --ranks 64  time and memory at scale
     python scripts/bench_placement.py --growth                        time against each size
 
-Each trace is split by sequence: plans are fitted on one half and measured on the other. The last
-line of stdout is one JSON object; `-o DIR` keeps it, the Markdown tables and the figures.
+Each trace is split by sequence: plans are fitted on one half and measured on the other. Whether
+its domains count the same in affinity's plans is decided on the fitting half alone. The last line
+of stdout is one JSON object; `-o DIR` keeps it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from placement_scale import SCALES, measure_growth, measure_scale
 
 from placement.bounds import lower_bound
-from placement.domains import domain_shift
+from placement.domains import compare_weights, domain_shift, domains_of, even_weights
 from placement.evaluation import bootstrap_change, evaluate_null, measure
 from placement.homing import choose_homes
 from placement.strategies import PlacementOptions, StrategyError, get_strategy
@@ -110,6 +111,7 @@ def keep(result: dict[str, Any], args: argparse.Namespace) -> None:
 def cells(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
     """Every strategy on every machine, with and without spare slots."""
     fit, held_out = trace.split()
+    is_even = "affinity" in args.strategies and should_be_even(fit, name)
     for nodes, per_node in MACHINES:
         topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
         ranks = topology.num_ranks
@@ -131,9 +133,21 @@ def cells(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
                         mean_imbalance=asked if is_ours else None,
                         effort=args.effort,
                         time_limit=None if is_ours else args.milp_seconds,
+                        token_weights=even_weights(domains_of(fit))
+                        if is_ours and is_even
+                        else None,
                     )
                     row = cell(fit, held_out, topology, slots, strategy, options, name)
                     yield {**row, "cap": asked, "bound": round(bound.rows_per_token, 3)}
+
+
+def should_be_even(fit: RoutingTrace, name: str) -> bool:
+    """Whether domains should count the same: fewer rows times imbalance on halves of the half."""
+    options = PlacementOptions(effort=0.5)
+    found = compare_weights(fit, Topology(num_nodes=1, ranks_per_node=8), options=options)
+    worth = {way: row["rows"] * row["imbalance"] for way, row in found.items()}
+    say(f"{name}: weights of domains, on the fitting half: {json.dumps(found)}")
+    return worth["even"] < worth["none"]
 
 
 def means_up_to(cap: float, args: argparse.Namespace) -> list[float]:

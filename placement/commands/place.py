@@ -67,8 +67,9 @@ def place(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="What each trace counts for in all, such as 3,1; fair: as much as it takes for all "
-            "to keep the same share of what each could gain (of one trace: its domains)."
+            help="What each trace counts for in all, such as 3,1; even: the same; fair: as much as "
+            "it takes for all to keep the same share of what each could gain (of one trace, even "
+            "and fair mean its domains)."
         ),
     ] = None,
     compare: Annotated[
@@ -127,15 +128,17 @@ def _token_weights(
     """(tokens,) weights whose total is the same for all traces but for the factors given."""
     import numpy as np
 
-    from placement.domains import fair_weights
+    from placement.domains import domains_of, even_weights, fair_weights
     from placement.strategies import StrategyError
     from placement.trace import merge_traces
 
-    if weights == "fair":
+    if weights in ("even", "fair"):
         groups = [np.full(part.num_tokens, index) for index, part in enumerate(parts)]
         trace, group = merge_traces(parts), np.concatenate(groups)
-        if len(parts) == 1 and trace.domain_ids is not None:
-            group = np.unique(trace.domain_ids, return_inverse=True)[1]
+        if len(parts) == 1:
+            group = domains_of(trace)
+        if weights == "even":
+            return even_weights(group)
         return fair_weights(trace, group, topology, slots_per_rank=slots_per_rank, options=options)
     try:
         factors = [float(word) for word in weights.split(",")]
@@ -143,8 +146,8 @@ def _token_weights(
         factors = []
     if len(factors) != len(parts) or not all(0 < f < float("inf") for f in factors):
         msg = (
-            f"--weights needs a number above 0 for each of {len(parts)} traces, or the word fair; "
-            f"got {weights!r}"
+            f"--weights needs a number above 0 for each of {len(parts)} traces, or the word even "
+            f"or fair; got {weights!r}"
         )
         raise StrategyError(msg)
     tokens = sum(part.num_tokens for part in parts)

@@ -157,11 +157,21 @@ class Search:
             self.price = steered(self.price, problem.flow.load, caps.mean, HASTE)
 
 
-def solve(search: Search, *, wanted: Caps, effort: float) -> None:
-    """Anneals a layout. Stopped early by its deadline or Ctrl-C, it keeps the layout so far."""
+def solve(search: Search, *, wanted: Caps, effort: float, is_fresh: bool = True) -> bool:
+    """Anneals a layout. Stopped early by its deadline or Ctrl-C, it keeps the layout so far.
+
+    Args:
+        search: what to anneal.
+        wanted: caps, on tokens not seen.
+        effort: how much search.
+        is_fresh: whether replicas have yet to be found.
+
+    Returns:
+        Whether it was not stopped.
+    """
     caps = wanted.within()
     try:
-        if search.replicas and search.max_moves is None:
+        if search.replicas and search.max_moves is None and is_fresh:
             for stage in REPLICA_STAGES:
                 search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
         search.look_ahead(QUICK_VISITS)
@@ -174,12 +184,13 @@ def solve(search: Search, *, wanted: Caps, effort: float) -> None:
                 break
             search.cool(REPAIR_STAGE, effort=1.0, caps=caps, top=REPAIR_PRICE)
     except KeyboardInterrupt:
-        return
+        return False
     finally:
         if search.replicas and search.max_moves is None:
             fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
         if not search.replicas:
             search.look_ahead(VISITS)  # again for the final layout; with copies it would move load
+    return not search.is_late
 
 
 def tightened(search: Search, wanted: float, mean: float) -> float:

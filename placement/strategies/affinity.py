@@ -17,6 +17,7 @@ import numpy as np
 
 from placement.plan import PlacementPlan, Strategy
 from placement.search.caps import Caps, expected_imbalance
+from placement.search.generations import LEAST_EFFORT, SEARCHES, SHARE, solve_by_generations
 from placement.search.solve import Search, solve
 from placement.search.start import anneal_pairs
 from placement.search.state import (
@@ -63,9 +64,8 @@ def place(
     num_slots = slots_per_rank_for(trace, topology, slots_per_rank)
     if topology.num_ranks > MAX_RANKS:
         return place_by_node(place, trace, topology, num_slots, options)
-    search = _start(trace, topology, num_slots, options)
     caps = _caps(options)
-    solve(search, wanted=caps, effort=options.effort)
+    search = _solve(trace, topology, num_slots, options, caps)
     flow = search.flow()
     if options.max_imbalance is not None:
         _check_cap(flow.load, options.max_imbalance, trace)
@@ -90,6 +90,27 @@ def place(
         "imbalance_mean_elsewhere": round(float(elsewhere), 4),
     }
     return replace(plan, predicted=predicted, outlook=_tuples(search.machine.outlook))
+
+
+def _solve(
+    trace: RoutingTrace,
+    topology: Topology,
+    num_slots: int,
+    options: PlacementOptions,
+    caps: Caps,
+) -> Search:
+    """One search; with much effort, and where owners may be anywhere, generations of several."""
+    is_free = options.domain_size in (None, topology.num_ranks) and options.start is None
+    if options.effort < LEAST_EFFORT or not is_free:
+        search = _start(trace, topology, num_slots, options)
+        solve(search, wanted=caps, effort=options.effort)
+        return search
+    seeds = [
+        replace(options, seed=options.seed + number, effort=options.effort * SHARE)
+        for number in range(SEARCHES)
+    ]
+    searches = [_start(trace, topology, num_slots, own) for own in seeds]
+    return solve_by_generations(searches, wanted=caps, effort=options.effort)
 
 
 def _caps(options: PlacementOptions) -> Caps:

@@ -1,0 +1,63 @@
+"""Many searches instead of one: the best layers of all are what the next ones start from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from placement.search.recombine import recombine
+from placement.search.solve import solve
+from placement.search.state import make_flow
+from placement.traffic import imbalance_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from placement.search.caps import Caps
+    from placement.search.solve import Search
+
+LEAST_EFFORT = 4.0
+SEARCHES, GENERATIONS = 4, 2
+SHARE, LAST_SHARE = 0.125, 0.25
+
+
+def solve_by_generations(searches: Sequence[Search], *, wanted: Caps, effort: float) -> Search:
+    """Anneals several layouts, recombines them, and anneals what comes of it again.
+
+    Args:
+        searches: with different seeds, not begun.
+        wanted: caps.
+        effort: of all together.
+
+    Returns:
+        The last search, or if it is stopped early, the best so far.
+    """
+    is_fresh, share = True, SHARE
+    for generation in range(GENERATIONS + 1):
+        if generation == GENERATIONS:
+            searches, share = searches[:1], LAST_SHARE
+        for search in searches:
+            if not solve(search, wanted=wanted, effort=effort * share, is_fresh=is_fresh):
+                return search
+        if len(searches) > 1:
+            searches = next_generation(searches)
+        is_fresh = False
+    return searches[0]
+
+
+def next_generation(searches: Sequence[Search]) -> list[Search]:
+    """As many searches, all from the best layers of these."""
+    tokens, layouts = searches[0].tokens, [search.layout for search in searches]
+    flows = [make_flow(tokens, search.machine, search.layout) for search in searches]
+    mean = float(np.mean([imbalance_of(flow.load).mean() for flow in flows]))
+    layout = recombine(tokens, searches[0].machine, layouts, flows, mean)
+    return [
+        replace(
+            search,
+            layout=layout._replace(slots=layout.slots.copy(), hosts=layout.hosts.copy()),
+            seed=search.seed + len(searches),
+        )
+        for search in searches
+    ]
