@@ -51,7 +51,13 @@ def place(
     coherence_domain: Annotated[
         int | None, typer.Option(help="Ranks that share KV caches; all unless given.")
     ] = None,
-    effort: Annotated[float, typer.Option(help="How much search: 0.5 takes half as long.")] = 1.0,
+    effort: Annotated[
+        float,
+        typer.Option(
+            help="How much search: 0.5 takes half as long; from 4 on, affinity recombines several "
+            "searches."
+        ),
+    ] = 1.0,
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which the best plan so far is taken.")
     ] = None,

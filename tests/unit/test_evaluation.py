@@ -5,7 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from placement.domains import domain_shift, even_weights, fair_weights, gain_of
+from placement.domains import (
+    compare_weights,
+    domain_shift,
+    domains_of,
+    even_weights,
+    fair_weights,
+    gain_of,
+)
 from placement.evaluation import (
     bootstrap_change,
     compare_strategies,
@@ -82,6 +89,30 @@ def test_groups_get_the_same_total_weight():
     weights = even_weights(group)
     assert weights[group == 0].sum() == pytest.approx(weights[group == 1].sum())
     assert weights.sum() == pytest.approx(400)
+
+
+def test_weights_of_domains_are_compared_and_of_one_domain_are_alike():
+    parts = [
+        planted_trace(experts=16, top_k=2, tokens=1200, sequences=count, seed=seed, topics=8)
+        for seed, count in ((1, 40), (2, 2))
+    ]
+    trace = merge_traces(parts)
+    domain = np.repeat([0, 1], [1200, 1200]).astype(np.uint8)
+    mixed = compare_weights(
+        replace(trace, domain_ids=domain, domains=("many", "few")), FOUR, options=QUICK
+    )
+    assert mixed["even"] != mixed["none"]
+    assert all(row["rows"] > 0 and row["imbalance"] >= 1 for row in mixed.values())
+    alone = compare_weights(trace, FOUR, options=QUICK)
+    assert alone["even"] == alone["none"]
+
+
+def test_domains_are_counted_without_gaps():
+    trace = planted_trace(tokens=60)
+    assert (domains_of(trace) == 0).all()
+    ids = np.repeat([3, 7], 30).astype(np.uint8)
+    names = tuple("abcdefgh")
+    assert domains_of(replace(trace, domain_ids=ids, domains=names)).tolist() == [0] * 30 + [1] * 30
 
 
 def test_fair_weights_help_the_group_that_would_lose_most():

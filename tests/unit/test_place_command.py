@@ -69,7 +69,7 @@ def test_compare_tells_what_a_warm_start_moves(folder):
     assert rows[1] < rows[0]
 
 
-@pytest.mark.parametrize("weights", ["3,1", "fair"])
+@pytest.mark.parametrize("weights", ["3,1", "even", "fair"])
 def test_several_traces_are_weighed(folder, weights):
     words = ("place", "trace.safetensors", "other.safetensors", "-o", "w.json")
     done = call(folder, *words, "--weights", weights, "--effort", "0.2", "--no-compare")
