@@ -207,8 +207,8 @@ def prepare(name: str, checkpoint: Path, corpus: Path, folder: Path, settings: S
     prompt_tokens = settings.prompt_tokens or prompt_tokens
     exflow(
         *("profile", checkpoint, corpus / "profile", "-o", trace, "--mode", "decode"),
-        *("--overwrite", "--prompt-tokens", prompt_tokens, "--new-tokens", 32),
-        *("--tokens", 8_000, "--batch-size", 64),
+        *("--overwrite", "--prompt-tokens", prompt_tokens, "--new-tokens", settings.steps),
+        *("--tokens", 20_000, "--batch-size", 64),
     )
     shape = ("--nodes", settings.units, "--ranks-per-node", settings.ranks // settings.units)
     slots = math.ceil(EXPERTS[name] * MORE_SLOTS / settings.ranks)

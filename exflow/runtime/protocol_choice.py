@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from placement.timing import kv_seconds, rows_by_kind, step_seconds
+from placement.timing import caution, kv_seconds, rows_by_kind, step_seconds
 
 if TYPE_CHECKING:
     from placement.plan import PlacementPlan
@@ -56,7 +56,7 @@ class Choice:
 def rank_protocols(
     trace: RoutingTrace, plan: PlacementPlan, *, shape: Shape, links: Links, dispatch: Dispatch
 ) -> list[Choice]:
-    """`home`, and `coherent` within nodes and over all ranks; the cheapest first.
+    """`home`, and `coherent` within nodes and over all ranks; the cheapest by `caution` first.
 
     Args:
         trace: how the model routes; its first tokens are counted.
@@ -73,7 +73,7 @@ def rank_protocols(
         _choice(trace, plan, domain, shape=shape, links=links, dispatch=dispatch)
         for domain in domains
     ]
-    return sorted(choices, key=lambda choice: choice.step_us)
+    return sorted(choices, key=lambda choice: caution(choice.step_us, choice.protocol))
 
 
 def _choice(

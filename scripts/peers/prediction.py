@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from exflow.models.families import define_model
 from placement.plan import PlacementPlan
-from placement.timing import Links, Shape, advise, rows_by_kind
+from placement.timing import Links, Shape, advise, caution, rows_by_kind
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def fastest_plan(
 
     def best(plan: Path) -> float:
         first = choices(trace, plan, checkpoint, links, requests)[0]
-        return float(first["step_us"])
+        return caution(float(first["step_us"]), first["protocol"])
 
     return min(plans, key=best)
 

@@ -53,6 +53,20 @@ def test_the_choice_follows_the_weight_of_keys_and_values(trace, plan, dispatch)
     assert "keys and values 0" in str(heavy[0])
 
 
+def test_home_is_kept_where_coherence_is_foretold_to_save_very_little(trace, plan):
+    is_close = []
+    for kv_elements in range(0, 3000, 20):
+        shape = Shape(hidden_size=1024, kv_elements=kv_elements)
+        first, *others = rank_protocols(
+            trace, plan, shape=shape, links=LINKS, dispatch="hierarchical"
+        )
+        home = next(c for c in (first, *others) if c.protocol == "home")
+        least = min(c.step_us for c in (first, *others) if c.protocol == "coherent")
+        assert (first.protocol == "home") == (home.step_us <= 1.05 * least)
+        is_close.append(least < home.step_us <= 1.05 * least)
+    assert any(is_close)
+
+
 def test_two_more_messages_a_layer_are_counted_against_hierarchical_dispatch(trace, plan):
     links = dataclasses.replace(LINKS, intra_latency=1e-3, intra_bandwidth=1e15)
     shape = Shape(hidden_size=1, kv_elements=1)
