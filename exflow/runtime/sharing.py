@@ -1,6 +1,6 @@
 """Keys and values go to the coherence domain while later layers compute; new tokens go to all ranks.
 
-A *record* is one cache entry and where it belongs: | address: int64 | keys and values |. Records leave
+A *record* is one cache entry and where it belongs: | address: int32 | keys and values |. Records leave
 as soon as there are enough for a message, on a process group of their own, and the step's end waits
 for them. There, one more message has the rest of them, and what every rank needs:
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Relays: TypeAlias = "list[list[int]]"
 
 TOKEN_BYTES = 8
-ADDRESS_BYTES = 8
+ADDRESS_BYTES = 4
 MESSAGE_BYTES = 1 << 16
 
 
@@ -184,7 +184,8 @@ class StepSharing:
         addresses_N = torch.cat([addresses for addresses, _ in self._written])
         entries_NF = torch.cat([entries for _, entries in self._written])
         self._written = []
-        parts = [addresses_N[:, None].view(torch.uint8), entries_NF.view(torch.uint8)]
+        addresses_N1 = addresses_N.to(torch.int32)[:, None]
+        parts = [addresses_N1.view(torch.uint8), entries_NF.view(torch.uint8)]
         return torch.cat(parts, dim=1).flatten()
 
     def _store(self, last: Sequence[torch.Tensor]) -> None:
@@ -206,9 +207,9 @@ class StepSharing:
         records_NB = torch.cat(records).view(-1, self._record_bytes)
         if not len(records_NB):
             return
-        addresses_N1 = records_NB[:, :ADDRESS_BYTES].contiguous().view(torch.int64)
+        addresses_N1 = records_NB[:, :ADDRESS_BYTES].contiguous().view(torch.int32)
         entries_NF = records_NB[:, ADDRESS_BYTES:].contiguous().view(self._cache.entries.dtype)
-        self._cache.write(addresses_N1[:, 0], entries_NF)
+        self._cache.write(addresses_N1[:, 0].long(), entries_NF)
 
     def _pass_on(
         self, arrived: Sequence[Sequence[torch.Tensor]], totals: Sequence[int]

@@ -101,7 +101,7 @@ def test_bytes_are_rows_times_their_width(model, on_two_ranks):
     assert counted["metadata"] == rows["dispatch"] * (2 * definition.top_k + 2) * 4
     assert counted["tokens"] == result.decode["tokens"] * 8
     entries = result.decode["tokens"] * definition.num_layers
-    assert counted["kv_share"] == entries * (8 + definition.kv_width * 4)
+    assert counted["kv_share"] == entries * (4 + definition.kv_width * 4)
 
 
 def test_keys_and_values_may_leave_while_later_layers_compute(model, on_two_ranks):
