@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
+from exflow.models.parts import LatentAttention
+from exflow.runtime.cpu_kernels import attend_pages, is_little
 from exflow.runtime.kv_cache import PAGE_SIZE, pages_for
 from exflow.runtime.masked_attention import added, attend, keys_and_values, seen
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from exflow.runtime.kv_cache import KvCache
 
 
+ALL = 1 << 62
 Written: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -112,13 +115,9 @@ class DecodeAttention:
         attention = definition.attention
         self._scale = attention.scale
         self._query_shape = (attention.num_kv_heads, -1, attention.key_dim)
+        self._dtype = rotary.dtype
         slots_S = torch.arange(len(positions_S), device=positions_S.device)
         num_pages = longest // PAGE_SIZE + 1
-        context = torch.arange(num_pages * PAGE_SIZE, device=positions_S.device)
-        self._masks_SC = {
-            window: added(seen(positions_S, context, window), rotary.dtype)
-            for window in set(definition.windows)
-        }
         self._positions_S = positions_S
         self._rotation_S2E = rotary.at(positions_S)
         self._addresses_S = cache.addresses(slots_S, positions_S)
@@ -137,12 +136,11 @@ class DecodeAttention:
             self._slots = slots_T
             turns = self._rotation_S2E
             self._rotation_T2E = None if turns is None else turns[slots_T]
-            self._addresses_LT = self._layer_starts + self._addresses_S[slots_T]
+            self._addresses_T = self._addresses_S[slots_T]
+            self._addresses_LT = self._layer_starts + self._addresses_T
             self._pages_TP = self._pages_SP[slots_T]
-            self._masks_T11C = {
-                window: mask_SC[slots_T][:, None, None]
-                for window, mask_SC in self._masks_SC.items()
-            }
+            self._positions_T = self._positions_S[slots_T]
+            self._masks_T11C: dict[int | None, torch.Tensor] = {}
         return self._rotation_T2E
 
     def attend(
@@ -156,21 +154,63 @@ class DecodeAttention:
     ) -> torch.Tensor:
         """Write, gather pages, and attend with a mask over what the token does not see."""
         self.rotation(slots_T)
-        cache, definition = self._cache, self._definition
         num_tokens = slots_T.shape[0]
-        addresses_T = self._addresses_LT[layer]
-        cache.write(addresses_T, entries_TF)
-        self.written = addresses_T, entries_TF
+        self.written = self._addresses_LT[layer], entries_TF
+        if is_little(query_THE, 2 * query_THE.numel() * self._pages_TP.shape[1] * PAGE_SIZE):
+            return self._attend_in_place(layer, query_THE, entries_TF, sinks_H)
+        cache, definition = self._cache, self._definition
+        cache.write(*self.written)
         keys, values = keys_and_values(cache.read(layer, self._pages_TP), definition.attention)
         found = attend(
             query_THE.view(num_tokens, *self._query_shape),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            mask=self._masks_T11C[definition.windows[layer]],
+            mask=self._mask(definition.windows[layer]),
             scale=self._scale,
             sinks=None if sinks_H is None else sinks_H.view(self._query_shape[0], -1, 1),
         )
         return found.reshape(num_tokens, -1)
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        """(T, 1, 1, C) of these tokens and this window."""
+        if window not in self._masks_T11C:
+            context = torch.arange(
+                self._pages_TP.shape[1] * PAGE_SIZE, device=self._pages_TP.device
+            )
+            is_seen = seen(self._positions_T, context, window)
+            self._masks_T11C[window] = added(is_seen, self._dtype)[:, None, None]
+        return self._masks_T11C[window]
+
+    def _attend_in_place(
+        self,
+        layer: int,
+        query_THE: torch.Tensor,
+        entries_TF: torch.Tensor,
+        sinks_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Write and attend by one kernel, which reads keys and values where they are."""
+        num_tokens, num_heads, width = query_THE.shape
+        attention, window = self._definition.attention, self._definition.windows[layer]
+        is_latent = isinstance(attention, LatentAttention)
+        found_THE = torch.empty((num_tokens, num_heads, width))
+        if sinks_H is None:
+            sinks_H = torch.full((num_heads,), float("-inf"))
+        attend_pages(
+            query_THE.numpy(),
+            entries_TF.numpy(),
+            self._cache.entries.numpy(),
+            layer * self._cache.num_tokens,
+            self._addresses_T.numpy(),
+            self._pages_TP.numpy(),
+            self._positions_T.numpy(),
+            ALL if window is None else window,
+            attention.num_kv_heads,
+            0 if is_latent else attention.num_kv_heads * width,
+            self._scale,
+            sinks_H.numpy(),
+            found_THE.numpy(),
+        )
+        return found_THE.flatten(1)
 
 
 class PrefillAttention:

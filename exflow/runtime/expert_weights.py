@@ -7,8 +7,10 @@ inner width: 2F with a gate, else F.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from exflow.models.mxfp4 import dequantize
@@ -18,6 +20,7 @@ from exflow.runtime.experts import can_join
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from exflow.runtime.cpu_kernels import Floats
     from exflow.runtime.tensor_reader import TensorReader
 
 
@@ -42,6 +45,11 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None
     joined: torch.Tensor | None = None
     joined_bias: torch.Tensor | None = None
+
+    @cached_property
+    def arrays(self) -> tuple[Floats, Floats]:
+        """(S, I, D) gates and ups, and (S, F, D) downs, for kernels."""
+        return np.ascontiguousarray(self.gate_up.transpose(1, 2).numpy()), self.down.numpy()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

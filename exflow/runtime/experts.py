@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from exflow.runtime.cpu_kernels import is_little, run_silu_experts
+
 if TYPE_CHECKING:
     from exflow.models.parts import Activation
     from exflow.runtime.expert_weights import ExpertWeights
@@ -42,9 +44,35 @@ def run_experts(
     num_rows = hidden_ND.shape[0]
     if num_slots == 0 or num_rows == 0:
         return torch.zeros_like(hidden_ND)
+    if _is_for_kernel(experts, hidden_ND, slots_NK.shape[1]):
+        return run_little(experts, hidden_ND, slots_NK, weights_NK)
     if experts.joined is not None and num_rows * width * hidden_size <= FEW_ROWS:
         return run_all(experts, experts.joined, hidden_ND, slots_NK, weights_NK)
     return run_chosen(experts, hidden_ND, slots_NK, weights_NK)
+
+
+def _is_for_kernel(experts: ExpertWeights, hidden_ND: torch.Tensor, top_k: int) -> bool:
+    _, size, width = experts.down.shape
+    has_kernel = experts.activation.kind == "silu" and not experts.activation.has_bias
+    return has_kernel and is_little(hidden_ND, 3 * hidden_ND.shape[0] * top_k * size * width)
+
+
+def run_little(
+    experts: ExpertWeights,
+    hidden_ND: torch.Tensor,
+    slots_NK: torch.Tensor,
+    weights_NK: torch.Tensor,
+) -> torch.Tensor:
+    """Every pair of row and expert by one kernel."""
+    partial_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format)
+    run_silu_experts(
+        hidden_ND.contiguous().numpy(),
+        *experts.arrays,
+        slots_NK.contiguous().numpy(),
+        weights_NK.contiguous().numpy(),
+        partial_ND.numpy(),
+    )
+    return partial_ND
 
 
 def can_join(width: int, hidden_size: int, dtype: torch.dtype) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from exflow.models.parts import LatentAttention
 from exflow.runtime.attention import rotate
 from exflow.runtime.attention_weights import LatentWeights
+from exflow.runtime.cpu_kernels import is_little, turn_heads
 from exflow.runtime.experts import linear
 from exflow.runtime.norms import normalize
 
@@ -55,6 +57,9 @@ def _project_full(
     num_rotated = attention.num_heads + attention.num_kv_heads
     projected = linear(normed_TD, weights.qkv, weights.qkv_bias)
     projected = projected.view(len(normed_TD), -1, attention.head_dim)
+    if _is_for_kernel(attention, projected) and rotation_T2E is not None:
+        _turn_in_place(weights, projected, num_rotated, rotation_T2E)
+        return projected[:, : attention.num_heads], projected[:, attention.num_heads :].flatten(1)
     heads = _normed_heads(attention, weights, projected[:, :num_rotated])
     values = projected[:, num_rotated:]
     if attention.clip_qkv is not None:
@@ -63,6 +68,21 @@ def _project_full(
     heads = rotate(heads, rotation_T2E)
     entries_TF = torch.cat([heads[:, attention.num_heads :], values], dim=1).flatten(1)
     return heads[:, : attention.num_heads], entries_TF
+
+
+def _is_for_kernel(attention: FullAttention, projected: torch.Tensor) -> bool:
+    has_kernel = attention.qk_norm != "projection" and attention.clip_qkv is None
+    return has_kernel and is_little(projected, projected.numel())
+
+
+def _turn_in_place(
+    weights: FullWeights, heads: torch.Tensor, num_rotated: int, rotation_T2E: torch.Tensor
+) -> None:
+    """Queries and keys normed and rotated by one kernel."""
+    norm, eps = np.empty((0, 0), np.float32), 0.0
+    if weights.qk_norms:
+        norm, eps = weights.qk_norms[0].array, weights.qk_norms[0].eps
+    turn_heads(heads.numpy(), num_rotated, norm, eps, rotation_T2E.numpy())
 
 
 def _normed_heads(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from exflow.runtime.cpu_kernels import choose_experts, is_little
 from exflow.runtime.experts import linear
 
 if TYPE_CHECKING:
@@ -22,8 +23,11 @@ def route(
     """(T, K) the experts of each token, by falling gate weight; the weights in float32."""
     rows_TD = normed_TD.float() if router.is_float32 else normed_TD
     logits_TX = linear(rows_TD, weights.weight, weights.bias)
+    is_plain = weights.correction is None and router.num_groups == 1
+    if is_plain and router.score == "softmax" and is_little(normed_TD, logits_TX.numel()):
+        return _choose_plainly(router, logits_TX, top_k)
     scores_TX = _scores(router, logits_TX)
-    if weights.correction is None and router.num_groups == 1:
+    if is_plain:
         chosen_TK, expert_ids_TK = scores_TX.topk(top_k, dim=-1)
     else:
         chosen_TK, expert_ids_TK = _choose_restricted(router, weights, scores_TX, top_k)
@@ -34,6 +38,22 @@ def route(
     if router.scale != 1.0:
         chosen_TK = chosen_TK * router.scale
     return expert_ids_TK, chosen_TK.to(normed_TD.dtype).float()
+
+
+def _choose_plainly(
+    router: Router, logits_TX: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, K) experts and weights by one kernel."""
+    expert_ids_TK = torch.empty((len(logits_TX), top_k), dtype=torch.int64)
+    weights_TK = torch.empty((len(logits_TX), top_k))
+    choose_experts(
+        logits_TX.numpy(),
+        router.is_normalized,
+        router.scale,
+        expert_ids_TK.numpy(),
+        weights_TK.numpy(),
+    )
+    return expert_ids_TK, weights_TK
 
 
 def _scores(router: Router, logits_TX: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,8 @@ FAMILIES = {
     "olmoe": (olmoe, {"num_experts_per_tok": 3}),
     "deepseek-v2": (deepseek_v2, {}),
     "deepseek-v3": (deepseek_v3, {}),
-    "gpt-oss": (gpt_oss, {}),
+    # At 0.3 the reference itself is 6e-6 from its own logits in float64.
+    "gpt-oss": (gpt_oss, {"initializer_range": 0.2}),
     "gpt-top1": (gpt_moe.save, {}),
 }
 
