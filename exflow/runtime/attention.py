@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 ALL = 1 << 62
+NO_SINKS = torch.empty(0)
 Written: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -62,7 +63,11 @@ class Rotary:
         rope = definition.rope
         self.frequencies = None
         if rope is not None:
-            self.frequencies = torch.tensor(rope.frequencies, dtype=torch.float32, device=device)
+            self.frequencies = torch.tensor(
+                rope.frequencies * 2, dtype=torch.float32, device=device
+            )
+            self.signs = torch.ones_like(self.frequencies)
+            self.signs[: len(rope.frequencies)] = -1
             self.scaling = rope.scaling
         self.dtype = dtype
 
@@ -71,9 +76,8 @@ class Rotary:
         if self.frequencies is None:
             return None
         angles = positions_T[:, None].float() * self.frequencies
-        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
-        halves = [torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]
-        return torch.stack(halves, dim=1).to(self.dtype)
+        turns = torch.stack([angles.cos(), angles.sin() * self.signs], dim=1)
+        return (turns * self.scaling).to(self.dtype)
 
 
 def rotate(heads_THE: torch.Tensor, rotation_T2E: torch.Tensor | None) -> torch.Tensor:
@@ -193,8 +197,6 @@ class DecodeAttention:
         attention, window = self._definition.attention, self._definition.windows[layer]
         is_latent = isinstance(attention, LatentAttention)
         found_THE = torch.empty((num_tokens, num_heads, width))
-        if sinks_H is None:
-            sinks_H = torch.full((num_heads,), float("-inf"))
         attend_pages(
             query_THE.numpy(),
             entries_TF.numpy(),
@@ -207,7 +209,7 @@ class DecodeAttention:
             attention.num_kv_heads,
             0 if is_latent else attention.num_kv_heads * width,
             self._scale,
-            sinks_H.numpy(),
+            (NO_SINKS if sinks_H is None else sinks_H).numpy(),
             found_THE.numpy(),
         )
         return found_THE.flatten(1)

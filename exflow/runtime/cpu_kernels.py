@@ -30,7 +30,7 @@ Words: TypeAlias = NDArray[np.uint64]
 
 # Multiplications up to which one core is done before PyTorch's blocks and threads pay.
 LITTLE = 1 << 22
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO, ONE, NOTHING = np.float32(0), np.float32(1), -np.float32(np.inf)
 
 
 def is_little(rows: torch.Tensor, multiplications: int) -> bool:
@@ -236,7 +236,7 @@ def attend_pages(
         num_kv_heads: key-value heads.
         value_start: where the values begin in an entry.
         scale: factor on the logits.
-        sinks_H: logits of attending to nothing; minus infinity where there are none.
+        sinks_H: logits of attending to nothing; empty if there are none.
         out_THE: what the queries find.
     """
     num_tokens, num_heads, width = query_THE.shape
@@ -256,6 +256,7 @@ def attend_pages(
             query_GE[:] = query_THE[t, heads]
             score(query_GE, cache_LW, rows_C[:length], j * width, scale, shares_GC)
             for g in range(group):
-                share_out(shares_GC[g, :length], sinks_H[j * group + g])
+                sink = sinks_H[j * group + g] if len(sinks_H) else NOTHING
+                share_out(shares_GC[g, :length], sink)
             start = value_start + j * width
             add_values(shares_GC, cache_LW, rows_C[:length], start, out_THE[t, heads])

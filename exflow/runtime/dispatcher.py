@@ -98,7 +98,7 @@ class LocalDispatcher:
         self, layer: int, tokens: Tokens, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> tuple[Rows, Tokens]:
         """The tokens as rows."""
-        slots_NK = self.tables.slot_of_choice[layer][expert_ids_TK]
+        slots_NK = self.tables.slot_of_choice[layer].take(expert_ids_TK)
         rows = Rows(hidden=tokens.hidden, expert_slots=slots_NK, weights=weights_TK)
         return rows, tokens
 
@@ -268,7 +268,7 @@ def rows_of(
     """Rows as experts take them."""
     return Rows(
         hidden=row_format.hidden(rows_NB),
-        expert_slots=tables.slot_of_choice[layer][row_format.choices(rows_NB)],
+        expert_slots=tables.slot_of_choice[layer].take(row_format.choices(rows_NB)),
         weights=row_format.weights(rows_NB),
     )
 

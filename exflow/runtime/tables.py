@@ -99,7 +99,7 @@ class PlacementTables:
         """(T, K) the choice for each expert of tokens that this rank owns."""
         fixed = self.fixed_choice[layer]
         if fixed is not None:
-            return fixed[expert_ids_TK]
+            return fixed.take(expert_ids_TK)
         owner_T = torch.full_like(expert_ids_TK[:, 0], self.rank)
         ranks_TK = _computed(
             choose_ranks, self.hosts[layer], expert_ids_TK, owner_T, self.node_of_rank
