@@ -195,7 +195,7 @@ def add_values(
 
 
 @kernel()
-def share_out(logits_C: Floats, sink: float) -> None:
+def share_out(logits_C: Floats, sink: np.float32) -> None:
     """Softmax, in place; the sink, unless it is minus infinity, takes its part."""
     largest = max(logits_C.max(), sink)
     total = exponentials(logits_C, largest) + math.exp(sink - largest)
