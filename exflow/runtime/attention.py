@@ -123,6 +123,7 @@ class DecodeAttention:
         slots_S = torch.arange(len(positions_S), device=positions_S.device)
         num_pages = longest // PAGE_SIZE + 1
         self._positions_S = positions_S
+        self._masks_SC: dict[int | None, torch.Tensor] = {}
         self._rotation_S2E = rotary.at(positions_S)
         self._addresses_S = cache.addresses(slots_S, positions_S)
         self._pages_SP = cache.page_table[:, :num_pages]
@@ -177,12 +178,12 @@ class DecodeAttention:
 
     def _mask(self, window: int | None) -> torch.Tensor:
         """(T, 1, 1, C) of these tokens and this window."""
+        if window not in self._masks_SC:
+            positions_S = self._positions_S
+            context = torch.arange(self._pages_SP.shape[1] * PAGE_SIZE, device=positions_S.device)
+            self._masks_SC[window] = added(seen(positions_S, context, window), self._dtype)
         if window not in self._masks_T11C:
-            context = torch.arange(
-                self._pages_TP.shape[1] * PAGE_SIZE, device=self._pages_TP.device
-            )
-            is_seen = seen(self._positions_T, context, window)
-            self._masks_T11C[window] = added(is_seen, self._dtype)[:, None, None]
+            self._masks_T11C[window] = self._masks_SC[window][self._slots][:, None, None]
         return self._masks_T11C[window]
 
     def _attend_in_place(
