@@ -205,6 +205,7 @@ class DecodeAttention:
             layer * self._cache.num_tokens,
             self._addresses_T.numpy(),
             self._pages_TP.numpy(),
+            PAGE_SIZE,
             self._positions_T.numpy(),
             ALL if window is None else window,
             attention.num_kv_heads,

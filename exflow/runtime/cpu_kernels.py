@@ -21,8 +21,6 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from exflow.runtime.kv_cache import PAGE_SIZE
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 Floats: TypeAlias = NDArray[np.float32]
 Integers: TypeAlias = NDArray[np.int64]
@@ -39,16 +37,21 @@ def is_little(rows: torch.Tensor, multiplications: int) -> bool:
 
 
 def kernel(signature: str | None = None) -> Callable[[Function], Function]:
-    """Compiles a function to machine code, kept on disk: at once for a signature, else for callers."""
+    """Compiles a function to machine code, kept on disk: at once for a signature, else for callers.
+
+    Where no folder can be written to, each start compiles anew.
+    """
     options: dict[str, Any] = {
-        "cache": True,
         "nogil": True,
         "error_model": "numpy",
         "fastmath": {"reassoc", "contract", "nsz", "arcp"},
     }
 
     def compiled(function: Function) -> Function:
-        return cast("Function", njit(signature, **options)(function))
+        try:
+            return cast("Function", njit(signature, cache=True, **options)(function))
+        except RuntimeError:  # numba's word for a cache without a place
+            return cast("Function", njit(signature, **options)(function))
 
     return compiled
 
@@ -204,8 +207,8 @@ def share_out(logits_C: Floats, sink: np.float32) -> None:
 
 
 @kernel(
-    "(f4[:, :, :], f4[:, :], f4[:, ::1], i8, i8[::1], i8[:, ::1], i8[::1], i8, i8, i8, f4,"
-    " f4[::1], f4[:, :, ::1])"
+    "(f4[:, :, :], f4[:, :], f4[:, ::1], i8, i8[::1], i8[:, ::1], i8, i8[::1], i8, i8, i8,"
+    " f4, f4[::1], f4[:, :, ::1])"
 )
 def attend_pages(
     query_THE: Floats,
@@ -214,6 +217,7 @@ def attend_pages(
     layer_start: int,
     addresses_T: Integers,
     pages_TP: Integers,
+    page_size: int,
     positions_T: Integers,
     window: int,
     num_kv_heads: int,
@@ -231,6 +235,7 @@ def attend_pages(
         layer_start: where the layer's begin.
         addresses_T: where each entry goes, from there.
         pages_TP: each token's pages.
+        page_size: tokens of a page.
         positions_T: the tokens' positions.
         window: how many positions a token sees, itself included.
         num_kv_heads: key-value heads.
@@ -241,7 +246,7 @@ def attend_pages(
     """
     num_tokens, num_heads, width = query_THE.shape
     group = num_heads // num_kv_heads
-    rows_C = np.empty(pages_TP.shape[1] * PAGE_SIZE, np.uint64)
+    rows_C = np.empty(pages_TP.shape[1] * page_size, np.uint64)
     shares_GC = np.empty((group, len(rows_C)), np.float32)
     query_GE = np.empty((group, width), np.float32)
     for t in range(num_tokens):
@@ -249,8 +254,8 @@ def attend_pages(
         first = max(0, positions_T[t] + 1 - window)
         length = positions_T[t] + 1 - first
         for c in range(length):
-            page = pages_TP[t, (first + c) // PAGE_SIZE]
-            rows_C[c] = layer_start + page * PAGE_SIZE + (first + c) % PAGE_SIZE
+            page = pages_TP[t, (first + c) // page_size]
+            rows_C[c] = layer_start + page * page_size + (first + c) % page_size
         for j in range(num_kv_heads):
             heads = slice(j * group, (j + 1) * group)
             query_GE[:] = query_THE[t, heads]

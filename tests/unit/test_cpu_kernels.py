@@ -191,3 +191,14 @@ def test_attention_over_pages(heads, window, has_sinks, slots, both_ways):
 def test_kernels_need_no_global_interpreter_lock_and_are_kept_on_disk():
     assert cpu_kernels.attend_pages.targetoptions["nogil"]
     assert cpu_kernels.attend_pages.stats.cache_path
+
+
+def test_without_a_folder_for_its_cache_a_kernel_is_compiled_all_the_same(monkeypatch):
+    def njit(signature, **options):
+        if options.pop("cache", False):
+            msg = "cannot cache function: no locator available"
+            raise RuntimeError(msg)
+        return lambda function: (function, signature)
+
+    monkeypatch.setattr(cpu_kernels, "njit", njit)
+    assert cpu_kernels.kernel("(i8)")(abs) == (abs, "(i8)")
