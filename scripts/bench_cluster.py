@@ -224,7 +224,7 @@ def prepare(name: str, checkpoint: Path, corpus: Path, folder: Path, settings: S
         wanted |= {"home-affinity", "coherent-affinity"}
     for plan in wanted - {""}:
         path = folder / f"plan-{plan}.json"
-        exflow("place", trace, "-o", path, *shape, "--no-compare", *plans[plan])
+        exflow("place", trace, "-o", path, *shape, "--no-compare", "--effort", 8, *plans[plan])
     module = [sys.executable, "-m", "scripts.peers.prepare", checkpoint]
     counts = ("--requests", requests, "--prompt-tokens", prompt_tokens, "--steps", settings.steps)
     call([*module, (corpus / "heldout").resolve(), "-o", folder / "prompts.jsonl", *counts])
