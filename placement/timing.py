@@ -211,7 +211,8 @@ def caution(step: float, protocol: Protocol) -> float:
     """The time of a step to compare protocols by.
 
     What `coherent` saves rests on affinity seen in other text, and is a little less elsewhere: on a
-    cluster in a box its bytes were up to 9% above those foretold, those of `home` as foretold.
+    cluster in a box its bytes were 1 to 3% above those foretold from texts as long, and up to 9%
+    from longer ones; those of `home` were as foretold.
     """
     return step * (1 + FORECAST_MARGIN) if protocol == "coherent" else step
 

@@ -10,6 +10,7 @@ import numpy as np
 from placement.search.recombine import recombine
 from placement.search.solve import solve
 from placement.search.state import make_flow
+from placement.search.walk import total_cost
 from placement.traffic import imbalance_of
 
 if TYPE_CHECKING:
@@ -32,19 +33,29 @@ def solve_by_generations(searches: Sequence[Search], *, wanted: Caps, effort: fl
         effort: of all together.
 
     Returns:
-        The last search, or if it is stopped early, the best so far.
+        The last search; if stopped before, the cheapest that was finished.
     """
-    is_fresh, share = True, SHARE
-    for generation in range(GENERATIONS + 1):
-        if generation == GENERATIONS:
-            searches, share = searches[:1], LAST_SHARE
-        for search in searches:
-            if not solve(search, wanted=wanted, effort=effort * share, is_fresh=is_fresh):
-                return search
-        if len(searches) > 1:
-            searches = next_generation(searches)
-        is_fresh = False
-    return searches[0]
+    finished: list[Search] = []
+    try:
+        for generation in range(GENERATIONS + 1):
+            if generation:
+                searches = next_generation(searches)
+            is_last = generation == GENERATIONS
+            for search in searches[:1] if is_last else searches:
+                share = LAST_SHARE if is_last else SHARE
+                if not solve(
+                    search, wanted=wanted, effort=effort * share, is_fresh=generation == 0
+                ):
+                    return cheapest_of(finished or [search])
+                finished.append(search)
+    except KeyboardInterrupt:  # between two searches, which take it themselves
+        return cheapest_of(finished)
+    return finished[-1]
+
+
+def cheapest_of(searches: Sequence[Search]) -> Search:
+    """The search whose layout costs the tokens least."""
+    return min(searches, key=lambda search: total_cost(search.tokens, search.flow()))
 
 
 def next_generation(searches: Sequence[Search]) -> list[Search]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from placement.search import generations
 from placement.search.recombine import cheapest, recombine, rename, weigh
 from placement.search.state import hosts_of, make_flow, make_layout, make_machine, make_tokens
 from placement.search.walk import total_cost
@@ -111,6 +112,29 @@ def test_ranks_are_renamed_within_nodes_and_nodes_as_a_whole():
     worth, names = rename(by_rank, np.zeros((2, 2)))
     assert names.tolist() == [2, 3, 1, 0]
     assert worth == 5 + 4 + 3 + 9
+
+
+@pytest.mark.parametrize("stops", [1, 3, 6])
+@pytest.mark.parametrize("is_between", [False, True])
+def test_stopped_early_generations_give_the_cheapest_search_that_was_finished(
+    monkeypatch, stops, is_between
+):
+    trace = planted_trace(tokens=400, layers=3, experts=12, top_k=3, topics=4)
+    finished = []
+
+    def solve(search, **_):
+        if len(finished) == stops:
+            if is_between:
+                raise KeyboardInterrupt
+            return False
+        finished.append(total_cost(search.tokens, search.flow()) / trace.num_tokens)
+        return True
+
+    monkeypatch.setattr(generations, "solve", solve)
+    options = PlacementOptions(effort=4.0, max_imbalance=ANY)
+    plan = get_strategy("affinity")(trace, Topology(num_nodes=1, ranks_per_node=4), options=options)
+    assert len(finished) == stops
+    assert plan.predicted["cost_per_token"] == pytest.approx(min(finished), abs=1e-4)
 
 
 @pytest.mark.parametrize(("nodes", "per_node", "slots"), [(1, 4, 3), (2, 2, 4)])
