@@ -92,8 +92,13 @@ def make_case(plan, protocol="home", domain=None, batch_size=5, **params):
 
 
 def sharing_at_once(case):
-    """The same, keys and values leaving after each layer instead of at the step's end."""
+    """The same, keys and values leaving after each layer instead of with the new tokens."""
     return replace(case, options=replace(case.options, share_bytes=1))
+
+
+def sharing_at_the_end(case):
+    """The same, keys and values leaving at the step's end, in a message of their own."""
+    return replace(case, options=replace(case.options, share_bytes=1 << 12))
 
 
 def decode(model, case, prompts=PROMPTS):

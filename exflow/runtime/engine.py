@@ -67,7 +67,8 @@ class EngineOptions:
             `batch_size` requests need.
         prefill_chunk: prompt tokens that a rank reads between two decode steps; None for all.
         share_bytes: keys and values leave for the coherence domain during a step, beside the rows,
-            whenever ranks have so many bytes of them on average; the rest at its end.
+            whenever ranks have so many bytes of them on average; the rest at its end. A layer of
+            the next step waits for those it needs.
     """
 
     protocol: Protocol = "coherent"
@@ -219,18 +220,21 @@ class Engine:
             is_streaming=on_token is not None and self._is_first,
         )
         cache = self._make_cache(requests, limits)
-        self._steps.connect()
+        steps = self._steps
+        steps.connect()
+        sharing = steps.start_sharing(cache)
         self.scheduler = scheduler
         while scheduler.has_work:
             yield from scheduler.join()[1]
             chunks = scheduler.next_chunks()
             if chunks:
                 self.step = f"prefill step {self.metrics['prefill'].steps + 1}"
-                yield from self._advance(self._steps.prefill(chunks, cache), on_token)
+                yield from self._advance(steps.prefill(chunks, cache, sharing), on_token)
             decoding = scheduler.decoding
             if decoding:
                 self.step = f"decode step {self.metrics['decode'].steps + 1}"
-                yield from self._advance(self._steps.decode(decoding, cache), on_token)
+                yield from self._advance(steps.decode(decoding, cache, sharing), on_token)
+        steps.drain("decode", sharing)
 
     def _advance(
         self, token_of_slot: dict[int, int], on_token: Callable[[NewToken], None] | None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from exflow.runtime.dispatcher import Dispatcher
     from exflow.runtime.metrics import PhaseMetrics
     from exflow.runtime.recorder import DecodeRecorder
-    from exflow.runtime.sharing import StepSharing
+    from exflow.runtime.sharing import Sharing
 
 
 def run_layers(
@@ -28,7 +28,7 @@ def run_layers(
     *,
     metrics: PhaseMetrics,
     recorder: DecodeRecorder | None,
-    sharing: StepSharing | None,
+    sharing: Sharing | None,
 ) -> Tokens:
     """Take tokens through all layers; they may end on other ranks.
 
@@ -39,13 +39,15 @@ def run_layers(
         dispatcher: brings them to experts.
         metrics: counts of the phase.
         recorder: takes down the routing.
-        sharing: sends keys and values to other ranks meanwhile.
+        sharing: brings keys and values to other ranks meanwhile.
     """
     moe_layer = 0
     for layer in range(decoder.definition.num_layers):
+        if sharing is not None and sharing.receive(layer):
+            metrics.lap("share")
         hidden_TD = decoder.attend(layer, tokens.hidden, tokens.slots, attention)
         if sharing is not None:
-            sharing.add(tokens.owned, attention.written if len(hidden_TD) else None)
+            sharing.add(layer, tokens.owned, attention.written if len(hidden_TD) else None)
         if decoder.weights.layers[layer].experts is None:
             hidden_TD = decoder.dense(layer, hidden_TD)
             tokens = Tokens(hidden=hidden_TD, slots=tokens.slots, owned=tokens.owned)

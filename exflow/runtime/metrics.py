@@ -42,6 +42,10 @@ class PhaseMetrics:
         """A forward pass begins."""
         self.steps += 1
         self.tokens += tokens
+        self.resume()
+
+    def resume(self) -> None:
+        """The next lap's time begins."""
         self._last = time.perf_counter()
 
     def lap(self, section: str) -> None:

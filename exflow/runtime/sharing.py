@@ -1,18 +1,28 @@
 """Keys and values go to the coherence domain while later layers compute; new tokens go to all ranks.
 
 A *record* is one cache entry and where it belongs: | address: int32 | keys and values |. Records leave
-as soon as there are enough for a message, on a process group of their own, and the step's end waits
-for them. There, one more message has the rest of them, and what every rank needs:
+as soon as there are enough for a message, on a process group of their own. Nobody needs those of a
+layer before the next step comes to that layer, and only there it waits for them:
+
+    step 7   layers 0 to 5    then their records are under way
+             layers 6 to 11   then theirs, too
+    step 8   layer 0          waits for those of layers 0 to 5
+             layer 6          waits for those of layers 6 to 11
+
+A step ends with one more message, of what every rank needs and, if they are few, the last records
+(less than a sixteenth of a message):
 
     | slot, token id: int32 pairs | records |
 
 Every rank knows how many tokens each rank owned at every layer, so the sizes need no message. Where
-dispatch is hierarchical and a domain spans nodes, records cross to each node once, and an exchange
-at the step's end fans them out inside. Shape suffixes: T tokens, N records, B bytes of a record, F entry elements.
+dispatch is hierarchical and a domain spans nodes, records cross to each node once, and who waited for
+them fans them out inside. Shape suffixes: T tokens, N records, B bytes of a record, F entry elements.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
 
     from exflow.runtime.attention import Written
     from exflow.runtime.kv_cache import KvCache
+    from exflow.runtime.metrics import PhaseMetrics
     from exflow.runtime.ranks import Pending
     from exflow.runtime.wire import Wire
 
@@ -84,13 +95,30 @@ class Routes:
         ]
 
 
-class StepSharing:
-    """What this rank shares, and gets, in one step."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Message:
+    """Records under way.
+
+    Attributes:
+        first_layer: the first layer it has records of.
+        entries: how many records of each rank.
+        pending: the exchange.
+        metrics: counts of the phase it belongs to.
+    """
+
+    first_layer: int
+    entries: list[int]
+    pending: Pending
+    metrics: PhaseMetrics
+
+
+class Sharing:
+    """What this rank shares and gets, from step to step."""
 
     def __init__(
         self, wire: Wire, cache: KvCache, routes: Routes, *, message_bytes: int = MESSAGE_BYTES
     ) -> None:
-        """Begin a step.
+        """Begin with a cache that is the same on all ranks of a domain.
 
         Args:
             wire: the collectives.
@@ -104,35 +132,47 @@ class StepSharing:
         self._routes = routes
         self._record_bytes = ADDRESS_BYTES + cache.entries.shape[1] * cache.entries.element_size()
         self._enough = message_bytes * routes.num_ranks
+        self._few = self._enough // 16
         self._written: list[Written] = []
         self._unsent = [0] * routes.num_ranks
-        self._sent: list[tuple[list[int], Pending]] = []
+        self._first_layer: int | None = None
+        self._of_this_step: deque[Message] = deque()
+        self._of_last_step: deque[Message] = deque()
 
-    def add(self, owned: Sequence[int], written: Written | None) -> None:
+    def receive(self, layer: int) -> bool:
+        """Wait for what the last step wrote in a layer; whether there was anything to wait for.
+
+        Every rank must ask at every layer, in order, whether it owns tokens there or not.
+        """
+        messages = self._of_last_step
+        if not messages or messages[0].first_layer > layer:
+            return False
+        while messages and messages[0].first_layer <= layer:
+            self._receive(messages.popleft())
+        return True
+
+    def add(self, layer: int, owned: Sequence[int], written: Written | None) -> None:
         """A layer's keys and values are stored where the tokens are.
 
         Args:
-            owned: how many tokens each rank owns at this layer.
+            layer: the layer.
+            owned: how many tokens each rank owns there.
             written: addresses and entries stored here; None if no token is here.
         """
         if not self._routes.has_domains:
             return
+        if self._first_layer is None:
+            self._first_layer = layer
         self._unsent = [count + more for count, more in zip(self._unsent, owned, strict=True)]
         if written is not None:
             self._written.append(written)
         if sum(self._unsent) * self._record_bytes >= self._enough:
-            send_sizes, receive_sizes = self._sizes(self._unsent)
-            records = self._pack()
-            content = torch.cat([records[:size] for size in send_sizes])
-            self._wire.metrics.num_bytes["kv_share"] += len(content)
-            pending = self._wire.start_exchange(content, send_sizes, receive_sizes)
-            self._sent.append((self._unsent, pending))
-            self._unsent = [0] * self._routes.num_ranks
+            self._send()
 
     def finish(
         self, *, slots_T: torch.Tensor, token_ids_T: torch.Tensor, owned: Sequence[int]
     ) -> dict[int, int]:
-        """Share the new tokens and what is left of the records; store those of the others.
+        """End a step: share the new tokens; the last records leave.
 
         Args:
             slots_T: slots of the tokens sampled here.
@@ -142,11 +182,13 @@ class StepSharing:
         Returns:
             The new token of each slot.
         """
+        if sum(self._unsent) * self._record_bytes > self._few:
+            self._send()
         wire = self._wire
         mine = torch.stack([slots_T, token_ids_T], dim=1).to(torch.int32)
-        records = self._pack()
+        entries, records = self._take()
         content = torch.cat([mine.flatten().view(torch.uint8), records])
-        send_sizes, receive_sizes = self._sizes(self._unsent)
+        send_sizes, receive_sizes = self._sizes(entries)
         ranks = range(wire.num_ranks)
         token_sizes = [count * TOKEN_BYTES for count in owned]
         to_sizes = [0 if rank == wire.rank else token_sizes[wire.rank] for rank in ranks]
@@ -164,8 +206,50 @@ class StepSharing:
             for part, size in zip(parts, from_sizes, strict=True)
         ]
         last = [part[size:] for part, size in zip(parts, from_sizes, strict=True)]
-        self._store(last)
+        self._store(last, entries, wire.metrics)
+        assert not self._of_last_step
+        self._of_last_step, self._of_this_step = self._of_this_step, self._of_last_step
         return dict(torch.cat(tokens).tolist())
+
+    def drain(self) -> None:
+        """Wait for all that is under way, between steps; every rank must ask."""
+        while self._of_last_step:
+            self._receive(self._of_last_step.popleft())
+
+    def _send(self) -> None:
+        """The records that have not left leave in the background."""
+        assert self._first_layer is not None
+        first_layer = self._first_layer
+        entries, records = self._take()
+        send_sizes, receive_sizes = self._sizes(entries)
+        content = torch.cat([records[:size] for size in send_sizes])
+        self._wire.metrics.num_bytes["kv_share"] += len(content)
+        self._of_this_step.append(
+            Message(
+                first_layer=first_layer,
+                entries=entries,
+                pending=self._wire.start_exchange(content, send_sizes, receive_sizes),
+                metrics=self._wire.metrics,
+            )
+        )
+
+    def _receive(self, message: Message) -> None:
+        """Wait for records and store them."""
+        parts = torch.split(message.pending.wait(), self._sizes(message.entries)[1])
+        self._store(parts, message.entries, message.metrics)
+
+    def _take(self) -> tuple[list[int], torch.Tensor]:
+        """How many records of each rank have not left, and the bytes of those of this rank."""
+        entries, self._unsent = self._unsent, [0] * self._routes.num_ranks
+        written, self._written = self._written, []
+        self._first_layer = None
+        if not written:
+            return entries, torch.empty(0, dtype=torch.uint8, device=self._cache.entries.device)
+        addresses_N = torch.cat([addresses for addresses, _ in written])
+        entries_NF = torch.cat([values for _, values in written])
+        addresses_N1 = addresses_N.to(torch.int32)[:, None]
+        parts = [addresses_N1.view(torch.uint8), entries_NF.view(torch.uint8)]
+        return entries, torch.cat(parts, dim=1).flatten()
 
     def _sizes(self, entries: Sequence[int]) -> tuple[list[int], list[int]]:
         """Bytes of records to each rank and from each."""
@@ -177,33 +261,21 @@ class StepSharing:
             [num_bytes[other] if routes.is_direct(other, rank) else 0 for other in ranks],
         )
 
-    def _pack(self) -> torch.Tensor:
-        """The bytes of the records that have not left."""
-        if not self._written:
-            return torch.empty(0, dtype=torch.uint8, device=self._cache.entries.device)
-        addresses_N = torch.cat([addresses for addresses, _ in self._written])
-        entries_NF = torch.cat([entries for _, entries in self._written])
-        self._written = []
-        addresses_N1 = addresses_N.to(torch.int32)[:, None]
-        parts = [addresses_N1.view(torch.uint8), entries_NF.view(torch.uint8)]
-        return torch.cat(parts, dim=1).flatten()
-
-    def _store(self, last: Sequence[torch.Tensor]) -> None:
-        """Wait for what is under way; store all records that came, by way of relays too.
+    def _store(
+        self, arrived: Sequence[torch.Tensor], entries: Sequence[int], metrics: PhaseMetrics
+    ) -> None:
+        """Store records, and those that come by way of relays.
 
         Args:
-            last: the records that came with the tokens, by source.
+            arrived: records by source.
+            entries: how many each rank sent to those that it sends to.
+            metrics: what passing them on is counted in.
         """
-        arrived = [[part] for part in last]
-        totals = self._unsent
-        for entries, pending in self._sent:
-            totals = [count + more for count, more in zip(totals, entries, strict=True)]
-            parts = torch.split(pending.wait(), self._sizes(entries)[1])
-            for of_source, part in zip(arrived, parts, strict=True):
-                of_source.append(part)
-        records = [part for of_source in arrived for part in of_source]
+        if not any(entries):
+            return
+        records = list(arrived)
         if self._routes.has_hops:
-            records.append(self._pass_on(arrived, totals))
+            records.append(self._pass_on(arrived, entries, metrics))
         records_NB = torch.cat(records).view(-1, self._record_bytes)
         if not len(records_NB):
             return
@@ -212,25 +284,25 @@ class StepSharing:
         self._cache.write(addresses_N1[:, 0].long(), entries_NF)
 
     def _pass_on(
-        self, arrived: Sequence[Sequence[torch.Tensor]], totals: Sequence[int]
+        self, arrived: Sequence[torch.Tensor], entries: Sequence[int], metrics: PhaseMetrics
     ) -> torch.Tensor:
         """Fan out inside the node what came from others; what this rank gets from relays."""
         wire, routes = self._wire, self._routes
         node = range(wire.first_of_node, wire.first_of_node + wire.ranks_per_node)
         send_sizes = [
-            sum(totals[source] for source in routes.relayed(wire.rank, to)) * self._record_bytes
+            sum(entries[source] for source in routes.relayed(wire.rank, to)) * self._record_bytes
             for to in node
         ]
         receive_sizes = [
-            sum(totals[source] for source in routes.relayed(relay, wire.rank)) * self._record_bytes
+            sum(entries[source] for source in routes.relayed(relay, wire.rank)) * self._record_bytes
             for relay in node
         ]
-        sent = [
-            part
-            for to in node
-            for source in routes.relayed(wire.rank, to)
-            for part in arrived[source]
-        ]
-        content = torch.cat([arrived[0][0][:0], *sent])
-        wire.metrics.num_bytes["kv_share"] += sum(send_sizes)
-        return wire.exchange_bytes(content, send_sizes, receive_sizes, in_node=True)
+        sent = [arrived[source] for to in node for source in routes.relayed(wire.rank, to)]
+        metrics.num_bytes["kv_share"] += sum(send_sizes)
+        return wire.exchange_bytes(
+            torch.cat([arrived[0][:0], *sent]),
+            send_sizes,
+            receive_sizes,
+            in_node=True,
+            metrics=metrics,
+        )

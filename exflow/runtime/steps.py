@@ -16,7 +16,7 @@ from exflow.runtime.attention import DecodeAttention, PrefillAttention, Rotary
 from exflow.runtime.dispatcher import Dispatcher, Tokens
 from exflow.runtime.forward import run_layers
 from exflow.runtime.sampling import sample
-from exflow.runtime.sharing import StepSharing
+from exflow.runtime.sharing import Sharing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,15 @@ class Steps:
         if self.wire is not None:
             self.wire.connect()
 
-    def prefill(self, chunks: Sequence[Chunk], cache: KvCache) -> dict[int, int]:
+    def start_sharing(self, cache: KvCache) -> Sharing | None:
+        """What goes from rank to rank beside rows, for as long as this cache is used."""
+        if self.wire is None:
+            return None
+        return Sharing(self.wire, cache, self.routes, message_bytes=self.share_bytes)
+
+    def prefill(
+        self, chunks: Sequence[Chunk], cache: KvCache, sharing: Sharing | None
+    ) -> dict[int, int]:
         """Read parts of prompts at home; the first new token of each slot whose prompt ends."""
         for chunk in chunks:
             flight = chunk.flight
@@ -85,7 +93,6 @@ class Steps:
         token_ids = [token for chunk in mine for token in chunk.token_ids]
         flights = [chunk.flight for chunk in chunks]
         owned = self._by_home(flights, [len(chunk.token_ids) for chunk in chunks])
-        sharing = self._sharing(cache)
         tokens = self._run("prefill", token_ids, attention.slots, owned, attention, sharing)
         ends = np.cumsum(lengths, dtype=np.int64) - 1
         ends_T = self._tensor(ends[[chunk.is_last for chunk in mine]])
@@ -95,9 +102,13 @@ class Steps:
             slots=tokens.slots[ends_T],
             owned=self._by_home(done, [1] * len(done)),
         )
-        return self._finish("prefill", last, done, sharing)
+        token_of_slot = self._finish("prefill", last, done, sharing)
+        self.drain("prefill", sharing)
+        return token_of_slot
 
-    def decode(self, running: Sequence[Flight], cache: KvCache) -> dict[int, int]:
+    def decode(
+        self, running: Sequence[Flight], cache: KvCache, sharing: Sharing | None
+    ) -> dict[int, int]:
         """One more token of every request in flight, by slot."""
         positions_S = np.zeros(len(cache.page_table), dtype=np.int64)
         requests_S = np.zeros(len(cache.page_table), dtype=np.int64)
@@ -115,16 +126,18 @@ class Steps:
         token_ids = [flight.token_ids[-1] for flight in mine]
         slots_T = self._tensor([flight.slot for flight in mine])
         owned = self._by_home(running, [1] * len(running))
-        sharing = self._sharing(cache)
         tokens = self._run("decode", token_ids, slots_T, owned, attention, sharing)
         if self.recorder is not None:
             self.recorder.end_step(requests_S, positions_S)
         return self._finish("decode", tokens, running, sharing)
 
-    def _sharing(self, cache: KvCache) -> StepSharing | None:
-        if self.wire is None:
-            return None
-        return StepSharing(self.wire, cache, self.routes, message_bytes=self.share_bytes)
+    def drain(self, phase: Phase, sharing: Sharing | None) -> None:
+        """Wait, on behalf of a phase, for all that is shared; every rank must ask."""
+        if sharing is not None:
+            metrics = self.metrics[phase]
+            metrics.resume()
+            sharing.drain()
+            metrics.lap("share")
 
     def _run(
         self,
@@ -133,7 +146,7 @@ class Steps:
         slots_T: torch.Tensor,
         owned: tuple[int, ...],
         attention: Attention,
-        sharing: StepSharing | None,
+        sharing: Sharing | None,
     ) -> Tokens:
         metrics = self.metrics[phase]
         metrics.start(len(token_ids))
@@ -155,7 +168,7 @@ class Steps:
         phase: Phase,
         tokens: Tokens,
         flights: Sequence[Flight],
-        sharing: StepSharing | None,
+        sharing: Sharing | None,
     ) -> dict[int, int]:
         """Sample where the tokens stand and share what is new."""
         metrics = self.metrics[phase]

@@ -131,12 +131,21 @@ class Wire:
         receive_sizes: Sequence[int],
         *,
         in_node: bool = False,
+        metrics: PhaseMetrics | None = None,
     ) -> torch.Tensor:
-        """Bytes of any meaning, sorted by destination; the caller counts them by kind."""
+        """Bytes of any meaning, sorted by destination; the caller counts them by kind.
+
+        Args:
+            content: what is sent.
+            send_sizes: bytes for each rank.
+            receive_sizes: bytes from each rank.
+            in_node: only with the ranks of this node; the sizes are theirs.
+            metrics: where the message is counted, if not in the phase under way.
+        """
         received = content.new_empty(sum(receive_sizes))
         group = self._node_group if in_node else None
         all_to_all(received, content, list(receive_sizes), list(send_sizes), group=group)
-        self.metrics.messages["share"] += 1
+        (metrics or self.metrics).messages["share"] += 1
         return received
 
     def start_exchange(

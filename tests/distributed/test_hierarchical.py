@@ -76,7 +76,8 @@ def check_flat(model, result, case, traffic):
     assert messages["dispatch"] == messages["combine"] == 2 * layers
     is_shared, spans_nodes = case.options.domain_size != 1, case.options.domain_size == 4
     by_layer = is_shared * model.definition.num_layers if case.options.share_bytes == 1 else 0
-    assert messages["share"] == (1 + spans_nodes + by_layer) * result.decode["steps"]
+    shared = by_layer or 1  # messages with keys and values; only those are fanned out
+    assert messages["share"] == (1 + by_layer + spans_nodes * shared) * result.decode["steps"]
 
 
 def test_with_one_expert_a_token_only_keys_and_values_are_fanned_out(tmp_path):

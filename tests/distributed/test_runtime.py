@@ -18,6 +18,7 @@ from decoding import (
     make_plan,
     protocols,
     sharing_at_once,
+    sharing_at_the_end,
 )
 from exflow.models.families import define_model
 from exflow.runtime.ranks import Ranks
@@ -64,7 +65,7 @@ def on_two_ranks(model):
     cases = [
         make_case(plan, *protocol) for protocol in (("home",), ("coherent", 1), ("coherent", 2))
     ]
-    cases.append(sharing_at_once(cases[-1]))
+    cases += [sharing_at_once(cases[-1]), sharing_at_the_end(cases[-1])]
     return run_ranks(2, decode_all, model, cases)[0]
 
 
@@ -80,7 +81,7 @@ def test_a_domain_of_one_rank_is_home(on_two_ranks):
 
 def test_messages_a_step(model, on_two_ranks):
     """Counts and rows a layer; partial sums where they travel; one exchange at the end."""
-    home, _, coherent, _ = on_two_ranks
+    home, _, coherent, *_ = on_two_ranks
     layers = len(model.definition.moe_layer_ids)
     for result in (home, coherent):
         steps, messages = result.decode["steps"], result.decode["messages"]
@@ -104,16 +105,18 @@ def test_bytes_are_rows_times_their_width(model, on_two_ranks):
     assert counted["kv_share"] == entries * (4 + definition.kv_width * 4)
 
 
-def test_keys_and_values_may_leave_while_later_layers_compute(model, on_two_ranks):
+def test_keys_and_values_may_arrive_during_the_next_step(model, on_two_ranks):
     """More messages; the same bytes, tokens and logits."""
-    _, _, at_the_end, at_once = on_two_ranks
-    steps = at_once.decode["steps"]
-    assert at_once.decode["messages"]["share"] == steps * (1 + model.definition.num_layers)
-    assert at_once.decode["bytes"] == at_the_end.decode["bytes"]
-    assert at_once.tokens == at_the_end.tokens
-    assert at_once.logits.keys() == at_the_end.logits.keys()
-    for key, row in at_once.logits.items():
-        assert np.array_equal(row, at_the_end.logits[key])
+    with_tokens, at_once, at_the_end = on_two_ranks[2:]
+    steps = with_tokens.decode["steps"]
+    layers = model.definition.num_layers
+    for result, messages in ((at_once, layers), (at_the_end, 1)):
+        assert result.decode["messages"]["share"] == steps * (1 + messages)
+        assert result.decode["bytes"] == with_tokens.decode["bytes"]
+        assert result.tokens == with_tokens.tokens
+        assert result.logits.keys() == with_tokens.logits.keys()
+        for key, row in result.logits.items():
+            assert np.array_equal(row, with_tokens.logits[key])
 
 
 def test_few_requests_leave_ranks_without_tokens(model):
