@@ -25,10 +25,9 @@ from placement.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from exflow.runtime.engine import EngineOptions
     from exflow.runtime.liveness import Liveness
-    from placement.traffic import Protocol
 
-PROTOCOLS: tuple[Protocol, ...] = ("home", "coherent")
 WAITING = ("dispatch", "combine", "share")
 
 
@@ -109,13 +108,15 @@ def run_bench(bench: Bench) -> dict[str, Any]:
         for prompt in prompts
     ]
     with ranks.connected(first.device, timeout=bench.model.timeout) as liveness, liveness.naming():
-        arms = [arm for name, model in prepared.items() for arm in _load(name, model, ranks)]
+        arms = [
+            arm for name, model in prepared.items() for arm in _load(name, model, ranks, engine)
+        ]
         _measure(arms, requests, bench, ranks, first, liveness)
     return _summarise(arms, first, ranks, len(requests))
 
 
-def _load(name: str, prepared: PreparedModel, ranks: Ranks) -> list[Arm]:
-    """Both protocols with one plan; they share its weights."""
+def _load(name: str, prepared: PreparedModel, ranks: Ranks, options: EngineOptions) -> list[Arm]:
+    """Both protocols with one plan; they share its weights. `home` is never replicated."""
     with ranks.agreeing(prepared.device):
         weights = load_weights(
             Checkpoint(prepared.folder),
@@ -125,15 +126,17 @@ def _load(name: str, prepared: PreparedModel, ranks: Ranks) -> list[Arm]:
             device=prepared.device,
         )
         decoder = Decoder(prepared.definition, weights)
+    coherent = replace(options, protocol="coherent")
+    home = replace(options, protocol="home")
+    if home.dispatch == "replicated":
+        home = replace(home, dispatch="auto")
     return [
         Arm(
-            name=f"{protocol}/{name}",
-            engine=Engine(
-                decoder, prepared.plan, ranks, options=replace(prepared.engine, protocol=protocol)
-            ),
+            name=f"{own.protocol}/{name}",
+            engine=Engine(decoder, prepared.plan, ranks, options=own),
             runs=[],
         )
-        for protocol in PROTOCOLS
+        for own in (home, coherent)
     ]
 
 

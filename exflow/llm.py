@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from exflow.runtime.requests import NewToken
     from placement.plan import PlacementPlan
-    from placement.traffic import Protocol
+    from placement.traffic import Dispatch, Protocol
 
 
 class LLMError(UserError):
@@ -54,7 +54,7 @@ class LLM:
         plan: str | Path | PlacementPlan | None = None,
         protocol: Protocol | Literal["auto"] = "coherent",
         coherence_domain: int | None = None,
-        dispatch: Literal["auto", "flat", "hierarchical"] = "auto",
+        dispatch: Literal["auto"] | Dispatch = "auto",
         dtype: str = "auto",
         device: str = "auto",
         batch_size: int = 16,
@@ -72,7 +72,8 @@ class LLM:
             protocol: "coherent": tokens stay where their experts are; "home": they return;
                 "auto": what costs least on `routing`.
             coherence_domain: ranks that share keys and values; None for all.
-            dispatch: "flat", "hierarchical" (rows cross to a node once), or "auto".
+            dispatch: "flat", "hierarchical" (rows cross to a node once), "replicated" (every rank
+                attends to all tokens, for small batches), or "auto".
             dtype: "auto", "float32", "bfloat16" or "float16".
             device: "auto", "cpu", "cuda" or "cuda:N".
             batch_size: requests in flight, over all ranks.

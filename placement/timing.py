@@ -128,6 +128,14 @@ def rows_by_kind(
     return {"intra": rows["total"] - inter, "inter": inter}
 
 
+def replicated_rows(plan: PlacementPlan) -> dict[str, float]:
+    """`rows_by_kind` where dispatch is replicated: each rank's partial sum to every other."""
+    inside, outside = plan.topology.ranks_per_node - 1, plan.num_ranks
+    outside -= plan.topology.ranks_per_node
+    sources = plan.num_layers * plan.num_ranks
+    return {"intra": float(sources * inside), "inter": float(sources * outside)}
+
+
 def unit_of(backend: str) -> Unit:
     """What a backend sends one row for.
 

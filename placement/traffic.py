@@ -6,6 +6,10 @@ owner. A rank that runs several of a token's experts receives the token's row on
     protocol    dispatch rows    combine rows
     home        |R_l \ {h}|      |R_l \ {h}|
     coherent    |R_l \ {h_l}|    |R_l \ {h_(l+1)}|
+    coherent, replicated    0    W (W - 1)
+
+Where dispatch is replicated, every rank has every token at every layer; each sends its partial sum
+to all others, whether it runs experts of the token or not. Copies of experts run as under `home`.
 
 `choose_ranks` and `next_owner` are the rules the runtime follows too. They take NumPy arrays or
 torch tensors: only operations that both libraries spell alike are used.
@@ -30,8 +34,8 @@ if TYPE_CHECKING:
     from placement.plan import PlacementPlan
     from placement.trace import RoutingTrace
 
-Dispatch = Literal["flat", "hierarchical"]
-DISPATCHES: tuple[Dispatch, ...] = ("flat", "hierarchical")
+Dispatch = Literal["flat", "hierarchical", "replicated"]
+DISPATCHES: tuple[Dispatch, ...] = ("flat", "hierarchical", "replicated")
 Array: TypeAlias = Any  # a NumPy array or a torch tensor
 Protocol = Literal["home", "coherent"]
 PROTOCOLS: tuple[Protocol, ...] = ("home", "coherent")
@@ -228,14 +232,20 @@ def count_traffic(
         coherence_domain: ranks in a coherence domain; None means all. Ignored under `home`.
         first_owner: (tokens,) owner at the first layer; default `sequence_id % num_ranks`.
         dispatch: "flat", or "hierarchical": rows cross to a node once and are fanned out there,
-            partial sums are added on their node first (`relays`). It changes which links rows
-            take, not how many there are.
+            partial sums are added on their node first (`relays`), which changes the links that
+            rows take, not how many there are; or "replicated".
 
     Raises:
-        TrafficError: if trace and plan differ in layers or experts, or the protocol is unknown.
+        TrafficError: if trace and plan differ in layers or experts, the protocol is unknown, or
+            dispatch is replicated and not all ranks are in one domain.
     """
     _check(trace, plan, protocol)
     size = 1 if protocol == "home" else coherence_domain
+    if dispatch == "replicated":
+        if size not in (None, plan.num_ranks):
+            msg = "dispatch can be replicated only under coherent with all ranks in one domain"
+            raise TrafficError(msg)
+        size = 1
     walk = _Walk(plan, plan.topology.domain_of_rank(size), dispatch)
     owner = trace.sequence_ids % plan.num_ranks if first_owner is None else first_owner
     step = max(1, CHUNK_CELLS // (plan.num_ranks * (trace.top_k + 4)))
@@ -311,6 +321,7 @@ class _Walk:
         self.node_of_rank = plan.topology.node_of_rank
         self.domain_of_rank = domain_of_rank
         self.is_hierarchical = dispatch == "hierarchical"
+        self.is_replicated = dispatch == "replicated"
         self.dispatch = np.zeros((layers, width, width), dtype=np.int64)
         self.combine = np.zeros((layers, width, width), dtype=np.int64)
         self.load = np.zeros((layers, width), dtype=np.int64)
@@ -332,6 +343,11 @@ class _Walk:
         )
         for step in steps:
             self.load[step.layer] += np.bincount(step.rank_of_choice.ravel(), minlength=width)
+            if self.is_replicated:
+                from_each, to_nodes = self._count_all(len(owner), self.combine[step.layer])
+                rows += from_each
+                inter_node_rows += to_nodes
+                continue
             runs = np.zeros((len(owner), width), dtype=np.bool_)
             np.put_along_axis(runs, step.rank_of_choice, values=True, axis=1)
             for end, matrix in ((step.owner, self.dispatch), (step.next_owner, self.combine)):
@@ -340,6 +356,14 @@ class _Walk:
                 inter_node_rows += nodes
         self.rows.append(rows)
         self.inter_node_rows.append(inter_node_rows)
+
+    def _count_all(self, count: int, matrix: NDArray[np.int64]) -> tuple[int, int]:
+        """Rows of tokens that every rank has, from each to each; rows and nodes of one token."""
+        width = len(self.node_of_rank)
+        matrix += count * (1 - np.eye(width, dtype=np.int64))
+        between = int((self.node_of_rank[:, None] != self.node_of_rank).sum())
+        self.inter_node += between * count
+        return width * (width - 1), width * int(self.node_of_rank[-1])
 
     def _count(
         self, runs: NDArray[np.bool_], end: NDArray[np.int64], matrix: NDArray[np.int64]

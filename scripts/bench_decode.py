@@ -49,7 +49,11 @@ MODELS = ("pile-moe-top1", "pile-moe-top4")
 IMBALANCE = {"pile-moe-top1": 1.25, "pile-moe-top4": 1.1}
 PARTS = ("transformers", "protocols", "formats")
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
-PROTOCOLS = {"home/linear": ("home", None), "coherent/affinity": ("coherent", "plan.json")}
+PROTOCOLS = {  # protocol, dispatch, plan
+    "home/linear": ("home", "flat", None),
+    "coherent/affinity": ("coherent", "flat", "plan.json"),
+    "coherent/affinity, replicated": ("coherent", "replicated", "plan.json"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +108,18 @@ def exflow_arm(
     model: str,
     *,
     protocol: str = "coherent",
+    dispatch: str = "auto",
     plan: Path | None = None,
     batch_size: int,
     dtype: str = "float32",
 ) -> Arm:
     """The engine of `exflow run` on this rank, without a tokenizer: tokens in, tokens out."""
     ranks = Ranks.from_environment()
-    engine_options = EngineOptions(protocol=protocol, batch_size=batch_size)  # type: ignore[arg-type]
+    engine_options = EngineOptions(
+        protocol=protocol,  # type: ignore[arg-type]
+        dispatch=dispatch,  # type: ignore[arg-type]
+        batch_size=batch_size,
+    )
     options = ModelOptions(model=model, plan=plan, engine=engine_options, dtype=dtype, device="cpu")
     prepared = replace(prepare_model(options, ranks), tokenizer=None)
     engine = load_engine(prepared, Checkpoint(prepared.folder), ranks)
@@ -224,16 +233,21 @@ def run_rank(args: argparse.Namespace) -> None:
             name: exflow_arm(
                 args.models[0],
                 protocol=protocol,
+                dispatch=dispatch,
                 plan=None if plan is None else folder / plan,
                 batch_size=len(prompts),
             )
-            for name, (protocol, plan) in PROTOCOLS.items()
+            for name, (protocol, dispatch, plan) in PROTOCOLS.items()
         }
         runs = interleave(arms, prompts, args)
     if not ranks.is_first:
         return
-    home, coherent = PROTOCOLS
-    result = {"ratio": ratio(runs, coherent, home), "tokens_per_s": speeds(runs, args)}
+    home, flat, replicated = PROTOCOLS
+    result = {
+        "ratio": ratio(runs, replicated, home),
+        "ratio_flat": ratio(runs, flat, home),
+        "tokens_per_s": speeds(runs, args),
+    }
     if args.profile:
         result["profile"] = {name: shares(timed) for name, timed in runs.items()}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
@@ -319,6 +333,7 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "ratio_vs_transformers": collect("transformers", "ratio"),
         "ratio_coherent_vs_home": collect("protocols", "ratio"),
+        "ratio_coherent_flat_vs_home": collect("protocols", "ratio_flat"),
         "tokens_per_s": speeds,
     }
 

@@ -21,7 +21,10 @@ def bench(
     ] = None,
     dispatch: Annotated[
         str,
-        typer.Option(help="flat; hierarchical: rows cross to a node once; auto: by the hosts."),
+        typer.Option(
+            help="flat; hierarchical: rows cross to a node once; replicated: every rank attends "
+            "to all tokens, for small batches; auto: by the hosts."
+        ),
     ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

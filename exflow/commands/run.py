@@ -33,7 +33,10 @@ def run(
     ] = None,
     dispatch: Annotated[
         str,
-        typer.Option(help="flat; hierarchical: rows cross to a node once; auto: by the hosts."),
+        typer.Option(
+            help="flat; hierarchical: rows cross to a node once; replicated: every rank attends "
+            "to all tokens, for small batches; auto: by the hosts."
+        ),
     ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after which a request ends.")] = 64,
     ignore_eos: Annotated[

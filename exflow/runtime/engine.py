@@ -26,6 +26,7 @@ from exflow.runtime.kv_budget import KvBudget
 from exflow.runtime.kv_cache import KvCache
 from exflow.runtime.limits import Limits
 from exflow.runtime.metrics import PHASES, PhaseMetrics
+from exflow.runtime.replicated import ReplicatedDispatcher
 from exflow.runtime.requests import NewToken
 from exflow.runtime.rows import RowFormat
 from exflow.runtime.scheduler import Scheduler
@@ -61,7 +62,9 @@ class EngineOptions:
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None for all. Ignored under `home`.
         dispatch: "flat"; "hierarchical": rows cross to a node once; "auto": hierarchical if the
-            job runs on several hosts and the plan has several ranks a node.
+            job runs on several hosts and the plan has several ranks a node; "replicated": every
+            rank attends to all tokens and only partial sums travel, for small batches, under
+            `coherent` with one domain.
         batch_size: requests in flight, over all ranks.
         kv_budget: memory for keys and values on each rank; without limits, what the longest
             `batch_size` requests need.
@@ -73,7 +76,7 @@ class EngineOptions:
 
     protocol: Protocol = "coherent"
     coherence_domain: int | None = None
-    dispatch: Literal["auto", "flat", "hierarchical"] = "auto"
+    dispatch: Literal["auto"] | Dispatch = "auto"
     batch_size: int = 16
     kv_budget: KvBudget = field(default_factory=KvBudget)
     prefill_chunk: int | None = 2048
@@ -96,19 +99,37 @@ class EngineOptions:
                 raise EngineError(msg)
 
     def dispatch_for(self, plan: PlacementPlan, ranks: Ranks) -> Dispatch:
-        """Flat or hierarchical, for a plan on these ranks.
+        """How tokens reach experts in decode steps, for a plan on these ranks.
 
-        Hierarchical dispatch costs two more messages a layer, inside nodes, and saves rows
-        between them; so it is for links that differ. With one node, or one rank a node, there is
-        nothing to fan out, and both are the same. With one expert a token only keys and values
-        are fanned out, once a step.
+        Raises:
+            EngineError: dispatch is to be replicated, and keys and values are not on all ranks.
+        """
+        if self.dispatch != "replicated":
+            return self.prefill_dispatch_for(plan, ranks)
+        if self.domain_size not in (None, ranks.num_ranks):
+            msg = (
+                "--dispatch replicated needs the keys and values of all requests on every rank: "
+                "use --protocol coherent without --coherence-domain"
+            )
+            raise EngineError(msg)
+        return "replicated" if ranks.num_ranks > 1 else "flat"
+
+    def prefill_dispatch_for(
+        self, plan: PlacementPlan, ranks: Ranks
+    ) -> Literal["flat", "hierarchical"]:
+        """How the tokens of prompts reach experts; they are too many to be on all ranks.
+
+        Hierarchical, unless the user decides, if the job runs on several hosts. That costs two
+        more messages a layer, inside nodes, and saves rows between them; so it is for links that
+        differ. With one node, or one rank a node, there is nothing to fan out, and both are the
+        same. With one expert a token only keys and values are fanned out, once a step.
         """
         topology = plan.topology
         if topology.num_nodes == 1 or topology.ranks_per_node == 1:
             return "flat"
-        if self.dispatch == "auto":
-            return "hierarchical" if ranks.num_ranks > ranks.ranks_per_node else "flat"
-        return self.dispatch
+        if self.dispatch == "flat" or self.dispatch == "hierarchical":
+            return self.dispatch
+        return "hierarchical" if ranks.num_ranks > ranks.ranks_per_node else "flat"
 
     @property
     def domain_size(self) -> int | None:
@@ -166,7 +187,7 @@ class Engine:
         dispatch = options.dispatch_for(plan, ranks)
         domain_of_rank: list[int] = tables.domain_of_rank.tolist()
         nodes: list[int] = tables.node_of_rank.tolist()
-        is_flat = dispatch == "flat"
+        is_flat = options.prefill_dispatch_for(plan, ranks) == "flat"
         routes = Routes(domain_of_rank, None if is_flat else find_relays(domain_of_rank, nodes))
         wire = Wire(
             ranks,
@@ -178,10 +199,17 @@ class Engine:
         self._steps = Steps(
             decoder=decoder,
             rotary=Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device),
-            dispatchers=_make_dispatchers(tables, wire, decoder, options.protocol, dispatch),
+            dispatchers=_make_dispatchers(
+                tables,
+                wire,
+                decoder,
+                is_flat=is_flat,
+                is_coherent=options.protocol == "coherent",
+                is_replicated=dispatch == "replicated",
+            ),
             wire=wire if ranks.num_ranks > 1 else None,
             metrics=self.metrics,
-            recorder=recorder,
+            recorder=recorder if ranks.is_first or dispatch != "replicated" else None,
             rank=ranks.rank,
             domain_of_rank=domain_of_rank,
             routes=routes,
@@ -284,8 +312,10 @@ def _make_dispatchers(
     tables: PlacementTables,
     wire: Wire,
     decoder: Decoder,
-    protocol: Protocol,
-    dispatch: Dispatch,
+    *,
+    is_flat: bool,
+    is_coherent: bool,
+    is_replicated: bool,
 ) -> dict[Phase, Dispatcher]:
     """Prompts are read at home; decode follows the protocol."""
     if tables.num_ranks == 1:
@@ -301,10 +331,12 @@ def _make_dispatchers(
             has_owner=has_owner,
         )
 
-    is_flat = dispatch == "flat" or definition.top_k == 1
+    is_flat = is_flat or definition.top_k == 1
     home_type = HomeDispatcher if is_flat else HierarchicalHomeDispatcher
     home = home_type(tables=tables, format=row_format(has_owner=False), wire=wire)
-    if protocol == "home":
+    if is_replicated:
+        return {"prefill": home, "decode": ReplicatedDispatcher(tables=tables, wire=wire)}
+    if not is_coherent:
         return {"prefill": home, "decode": home}
     owned = row_format(has_owner=True)
     if not is_flat:

@@ -19,7 +19,7 @@ from exflow.models.families import define_model
 from exflow.profiling.checkpoint import choose_device, load_tokenizer
 from exflow.runtime.decoder import Decoder
 from exflow.runtime.engine import Engine, EngineOptions
-from exflow.runtime.protocol_choice import rank_protocols
+from exflow.runtime.protocol_choice import REPLICATED_BYTES, rank_protocols
 from exflow.runtime.ranks import DEFAULT_TIMEOUT
 from exflow.runtime.weights import load_weights
 from placement.errors import UserError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from exflow.models.definition import DecoderDefinition
     from exflow.runtime.ranks import Ranks
     from exflow.runtime.recorder import DecodeRecorder
+    from placement.traffic import Dispatch
 
 DTYPES = {
     "float32": torch.float32,
@@ -190,10 +191,14 @@ def _engine_options(
 ) -> EngineOptions:
     """The user's options with nothing left to choose."""
     engine = options.engine
-    dispatch = engine.dispatch_for(plan, ranks)
-    engine = replace(engine, dispatch=dispatch)
     if options.routing is None:
-        return engine
+        return replace(engine, dispatch=engine.dispatch_for(plan, ranks))
+    dispatches: set[Dispatch] = {engine.prefill_dispatch_for(plan, ranks)}
+    batch_bytes = engine.batch_size * definition.hidden_size * dtype.itemsize
+    if engine.dispatch == "auto" and batch_bytes <= REPLICATED_BYTES:
+        dispatches.add("replicated")
+    elif engine.dispatch == "replicated":
+        dispatches = {"replicated"}
     trace = RoutingTrace.load(options.routing)
     choices = rank_protocols(
         trace,
@@ -205,13 +210,18 @@ def _engine_options(
             tokens_per_rank=-(-engine.batch_size // ranks.num_ranks),
         ),
         links=Links() if options.links is None else Links.load(options.links),
-        dispatch=dispatch,
+        dispatches=dispatches,
     )
     best = choices[0]
     if ranks.is_first:
         others = "; ".join(str(choice) for choice in choices[1:])
         logger.info("protocol auto: %s. Rejected: %s", best, others or "nothing")
-    return replace(engine, protocol=best.protocol, coherence_domain=best.coherence_domain)
+    return replace(
+        engine,
+        protocol=best.protocol,
+        coherence_domain=best.coherence_domain,
+        dispatch=best.dispatch,
+    )
 
 
 def _plan(options: ModelOptions, definition: DecoderDefinition, ranks: Ranks) -> PlacementPlan:

@@ -15,6 +15,7 @@ import torch
 from exflow.runtime.attention import DecodeAttention, PrefillAttention, Rotary
 from exflow.runtime.dispatcher import Dispatcher, Tokens
 from exflow.runtime.forward import run_layers
+from exflow.runtime.replicated import ReplicatedDispatcher, own_tokens
 from exflow.runtime.sampling import sample
 from exflow.runtime.sharing import Sharing
 
@@ -122,11 +123,18 @@ class Steps:
             positions_S=self._tensor(positions_S),
             longest=int(positions_S.max()),
         )
-        mine = [flight for flight in running if flight.home == self.rank]
+        is_replicated = isinstance(self.dispatchers["decode"], ReplicatedDispatcher)
+        if is_replicated:
+            mine = sorted(running, key=lambda flight: flight.home)
+        else:
+            mine = [flight for flight in running if flight.home == self.rank]
         token_ids = [flight.token_ids[-1] for flight in mine]
         slots_T = self._tensor([flight.slot for flight in mine])
         owned = self._by_home(running, [1] * len(running))
-        tokens = self._run("decode", token_ids, slots_T, owned, attention, sharing)
+        sharing_now = None if is_replicated else sharing
+        tokens = self._run("decode", token_ids, slots_T, owned, attention, sharing_now)
+        if is_replicated:
+            tokens = own_tokens(tokens, self.rank)
         if self.recorder is not None:
             self.recorder.end_step(requests_S, positions_S)
         return self._finish("decode", tokens, running, sharing)
@@ -149,7 +157,7 @@ class Steps:
         sharing: Sharing | None,
     ) -> Tokens:
         metrics = self.metrics[phase]
-        metrics.start(len(token_ids))
+        metrics.start(owned[self.rank])
         if self.wire is not None:
             self.wire.metrics = metrics
         hidden_TD = self.decoder.embed(self._tensor(token_ids))

@@ -97,7 +97,8 @@ def summarize(
 
 
 def _dispatch(prepared: PreparedModel) -> Dispatch:
-    return "hierarchical" if prepared.engine.dispatch == "hierarchical" else "flat"
+    dispatch = prepared.engine.dispatch
+    return "flat" if dispatch == "auto" else dispatch
 
 
 def _rows_per_token(phase: dict[str, Any]) -> dict[str, float]:

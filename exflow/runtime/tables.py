@@ -32,8 +32,9 @@ class PlacementTables:
         num_experts: E.
         top_k: K.
         hosts: int64 (L, E, W), 1 where a rank holds a copy.
-        fixed_choice: by layer, (E,) the choice for each expert; None where it depends on a token's
-            other experts.
+        has_copies: by layer, whether an expert has several copies.
+        fixed_choice: by layer, (E,) the choice for each expert of a token this rank owns; None
+            where it depends on the token's other experts.
         slot_of_choice: (L, W * E) this rank's slot for a choice, -1 if it is another rank's.
         node_of_rank: (W,).
         domain_of_rank: (W,) coherence domains.
@@ -45,6 +46,7 @@ class PlacementTables:
     num_experts: int
     top_k: int
     hosts: torch.Tensor
+    has_copies: tuple[bool, ...]
     fixed_choice: tuple[torch.Tensor | None, ...]
     slot_of_choice: torch.Tensor
     node_of_rank: torch.Tensor
@@ -66,6 +68,7 @@ class PlacementTables:
         experts = torch.arange(plan.num_experts)
         slot_of_choice = torch.full((plan.num_layers, plan.num_ranks * plan.num_experts), -1)
         fixed_choice: list[torch.Tensor | None] = []
+        has_copies = [count > plan.num_experts for count in hosts.sum(dim=(1, 2)).tolist()]
         owner = np.full(plan.num_experts, rank)
         node_of_rank = plan.topology.node_of_rank
         ranks_alone = [
@@ -77,7 +80,7 @@ class PlacementTables:
         for layer, ranks in enumerate(plan.slots):
             mine = torch.tensor(ranks[rank], dtype=torch.int64)
             slot_of_choice[layer, rank * plan.num_experts + mine] = torch.arange(len(mine))
-            is_fixed = top_k == 1 or int(hosts[layer].sum()) == plan.num_experts
+            is_fixed = top_k == 1 or not has_copies[layer]
             choice = ranks_alone[layer] * plan.num_experts + experts
             fixed_choice.append(choice.to(device) if is_fixed else None)
         domains = torch.from_numpy(plan.topology.domain_of_rank(coherence_domain))
@@ -88,6 +91,7 @@ class PlacementTables:
             num_experts=plan.num_experts,
             top_k=top_k,
             hosts=hosts.to(device),
+            has_copies=tuple(has_copies),
             fixed_choice=tuple(fixed_choice),
             slot_of_choice=slot_of_choice.to(device),
             node_of_rank=torch.from_numpy(node_of_rank).to(device),
@@ -95,12 +99,21 @@ class PlacementTables:
             outlook=None if outlook is None else torch.from_numpy(outlook).to(device),
         )
 
-    def choose(self, layer: int, expert_ids_TK: torch.Tensor) -> torch.Tensor:
-        """(T, K) the choice for each expert of tokens that this rank owns."""
+    def choose(
+        self, layer: int, expert_ids_TK: torch.Tensor, owner_T: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(T, K) the choice for each expert of tokens.
+
+        Args:
+            layer: index among the MoE layers.
+            expert_ids_TK: by falling gate weight.
+            owner_T: who owns the tokens; None: this rank.
+        """
         fixed = self.fixed_choice[layer]
-        if fixed is not None:
+        if fixed is not None and (owner_T is None or not self.has_copies[layer]):
             return fixed.take(expert_ids_TK)
-        owner_T = torch.full_like(expert_ids_TK[:, 0], self.rank)
+        if owner_T is None:
+            owner_T = torch.full_like(expert_ids_TK[:, 0], self.rank)
         ranks_TK = _computed(
             choose_ranks, self.hosts[layer], expert_ids_TK, owner_T, self.node_of_rank
         )

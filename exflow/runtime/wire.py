@@ -105,6 +105,18 @@ class Wire:
         metrics.num_bytes["metadata"] += remote * (width - payload_bytes)
         return received
 
+    def share_rows(self, rows_NB: torch.Tensor, *, kind: RowKind, layer: int) -> torch.Tensor:
+        """(W, N, B) the uint8 rows of every rank, by rank; all have as many."""
+        sent = rows_NB.repeat(self.num_ranks, 1)
+        received = torch.empty_like(sent)
+        all_to_all(received, sent)
+        row_counts = self.metrics.rows[kind][layer]
+        row_counts += len(rows_NB)
+        row_counts[self.rank] -= len(rows_NB)
+        self.metrics.messages[kind] += 1
+        self.metrics.num_bytes["payload"] += (self.num_ranks - 1) * rows_NB.numel()
+        return received.view(self.num_ranks, *rows_NB.shape)
+
     def exchange_counts(self, counts: Sequence[int]) -> list[int]:
         """As many numbers to each rank, as many from each."""
         sent = torch.tensor(counts, dtype=torch.int32, device=self.device)

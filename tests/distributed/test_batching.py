@@ -120,7 +120,12 @@ def options(**changes):
 CASES = {
     1: [options()],
     2: [options(protocol="home"), options()],
-    4: [options(protocol="home"), options(coherence_domain=2), options(dispatch="hierarchical")],
+    4: [
+        options(protocol="home"),
+        options(coherence_domain=2),
+        options(dispatch="hierarchical"),
+        options(dispatch="replicated"),
+    ],
 }
 
 

@@ -88,6 +88,7 @@ WAYS = {
         Way("random", "coherent", 2, prefill_chunk=4),
         Way("replicas"),
         Way("uneven", "coherent", 2),
+        Way("random", "coherent", 2, dispatch="replicated"),
     ],
     4: [
         Way("random"),
@@ -96,6 +97,7 @@ WAYS = {
         Way("replicas", "coherent", 2),
         Way("replicas", "coherent", 4, dispatch="hierarchical"),
         Way("uneven", "coherent", 4),
+        Way("replicas", "coherent", 4, dispatch="replicated"),
     ],
 }
 
@@ -177,6 +179,7 @@ def decode(model, way):
         plan,
         protocol=way.protocol,
         coherence_domain=way.domain,
+        dispatch=way.dispatch,
     )
     return Result(
         tokens=[tokens[index] for index in range(len(PROMPTS))],
@@ -254,8 +257,7 @@ def test_families_decode_as_their_reference_for_every_plan_and_protocol(family, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_send_the_rows_that_the_planner_counts(family, decoded):
-    flat = [(number, way) for number, way in enumerate(decoded.ways) if way.dispatch == "flat"]
-    for number, way in flat:
+    for number, way in enumerate(decoded.ways):
         for measured, counted in decoded.by_rank[0][family][number].rows:
             assert np.array_equal(measured, counted), way
 

@@ -145,6 +145,9 @@ def test_every_mistake_is_reported_on_every_rank(job, model, tmp_path):
         "a coherence domain of 3 ranks does not divide 2": {
             "engine": EngineOptions(coherence_domain=3)
         },
+        "use --protocol coherent without --coherence-domain": {
+            "engine": EngineOptions(protocol="home", dispatch="replicated")
+        },
         "the KV memory holds no page": {"engine": EngineOptions(kv_budget=KvBudget(tokens=15))},
         "cannot be written": {"output": blocked / "completions.jsonl"},
         "not a completion": {"output": write("else.jsonl", "[1]\n")},
@@ -160,11 +163,11 @@ def test_every_mistake_is_reported_on_every_rank(job, model, tmp_path):
 
 
 def test_auto_takes_the_cheapest_protocol_on_every_rank_and_never_changes_tokens(job, tmp_path):
-    """On slow links, and on fast ones with long latencies."""
+    """On slow links, and on fast ones with long latencies, where small batches are replicated."""
     first = job(output=tmp_path / "first.jsonl", trace=tmp_path / "trace.safetensors")
     assert run_ranks(2, try_jobs, [first]) == [[None]] * 2
     arms = {}
-    for name, latency, bandwidth in (("slow", 0, 1e3), ("flat", 1, 1e12)):
+    for name, latency, bandwidth in (("slow", 0, 1e3), ("far", 1, 1e12)):
         links = tmp_path / f"{name}.json"
         links.write_text(json.dumps({"intra_latency": latency, "intra_bandwidth": bandwidth}))
         arms[name] = job(
@@ -174,7 +177,7 @@ def test_auto_takes_the_cheapest_protocol_on_every_rank_and_never_changes_tokens
             links=links,
         )
     assert run_ranks(2, try_jobs, list(arms.values())) == [[None, None]] * 2
-    for arm in arms.values():
+    for name, arm in arms.items():
         assert {json.dumps(line) for line in read(arm.output)} == {
             json.dumps(line) for line in read(first.output)
         }
@@ -183,12 +186,18 @@ def test_auto_takes_the_cheapest_protocol_on_every_rank_and_never_changes_tokens
         trace, plan = RoutingTrace.load(first.trace), linear_plan()
         shape = Shape(hidden_size=64, kv_elements=64, element_bytes=4, tokens_per_rank=8)
         best = rank_protocols(
-            trace, plan, shape=shape, links=Links.load(arm.model.links), dispatch="flat"
+            trace,
+            plan,
+            shape=shape,
+            links=Links.load(arm.model.links),
+            dispatches=["flat", "replicated"],
         )[0]
-        assert (metrics["protocol"], metrics["coherence_domain"]) == (
+        assert (metrics["protocol"], metrics["coherence_domain"], metrics["dispatch"]) == (
             best.protocol,
             best.coherence_domain,
+            best.dispatch,
         )
+        assert (best.dispatch == "replicated") == (name == "far")
 
 
 def linear_plan():

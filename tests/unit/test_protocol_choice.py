@@ -44,7 +44,7 @@ def plan():
 def test_the_choice_follows_the_weight_of_keys_and_values(trace, plan, dispatch):
     def best(kv_elements):
         shape = Shape(hidden_size=1024, kv_elements=kv_elements)
-        return rank_protocols(trace, plan, shape=shape, links=LINKS, dispatch=dispatch)
+        return rank_protocols(trace, plan, shape=shape, links=LINKS, dispatches=[dispatch])
 
     light, heavy = best(1), best(1 << 20)
     assert (light[0].protocol, light[0].coherence_domain) == ("coherent", 4)
@@ -58,7 +58,7 @@ def test_home_is_kept_where_coherence_is_foretold_to_save_very_little(trace, pla
     for kv_elements in range(0, 3000, 20):
         shape = Shape(hidden_size=1024, kv_elements=kv_elements)
         first, *others = rank_protocols(
-            trace, plan, shape=shape, links=LINKS, dispatch="hierarchical"
+            trace, plan, shape=shape, links=LINKS, dispatches=["hierarchical"]
         )
         home = next(c for c in (first, *others) if c.protocol == "home")
         least = min(c.step_us for c in (first, *others) if c.protocol == "coherent")
@@ -71,12 +71,12 @@ def test_two_more_messages_a_layer_are_counted_against_hierarchical_dispatch(tra
     links = dataclasses.replace(LINKS, intra_latency=1e-3, intra_bandwidth=1e15)
     shape = Shape(hidden_size=1, kv_elements=1)
     flat, deep = (
-        rank_protocols(trace, plan, shape=shape, links=links, dispatch=dispatch)[0]
+        rank_protocols(trace, plan, shape=shape, links=links, dispatches=[dispatch])[0]
         for dispatch in ("flat", "hierarchical")
     )
     assert deep.layers_us - flat.layers_us == pytest.approx(6 * 2 * 1000, rel=1e-3)
     singles = [
-        rank_protocols(trace.top1(), plan, shape=shape, links=links, dispatch=dispatch)[0]
+        rank_protocols(trace.top1(), plan, shape=shape, links=links, dispatches=[dispatch])[0]
         for dispatch in ("flat", "hierarchical")
     ]
     assert singles[0].layers_us == pytest.approx(singles[1].layers_us)
@@ -87,9 +87,27 @@ def test_keys_and_values_that_cross_once_to_a_node_cost_less(trace, plan):
     flat, deep = (
         {
             choice.coherence_domain: choice.kv_us
-            for choice in rank_protocols(trace, plan, shape=shape, links=LINKS, dispatch=dispatch)
+            for choice in rank_protocols(
+                trace, plan, shape=shape, links=LINKS, dispatches=[dispatch]
+            )
         }
         for dispatch in ("flat", "hierarchical")
     )
     assert deep[4] == pytest.approx(flat[4] / 2)
     assert deep[2] == flat[2] > deep[1] == 0
+
+
+def test_replication_is_for_steps_whose_messages_take_longer_than_their_bytes(trace, plan):
+    links = dataclasses.replace(LINKS, inter_latency=1e-4)
+    found = set()
+    for hidden_size in (1, 1 << 20):
+        shape = Shape(hidden_size=hidden_size, kv_elements=1, tokens_per_rank=1)
+        first, *others = rank_protocols(
+            trace, plan, shape=shape, links=links, dispatches={"flat", "replicated"}
+        )
+        replicated = next(c for c in (first, *others) if c.dispatch == "replicated")
+        assert (replicated.protocol, replicated.coherence_domain) == ("coherent", 4)
+        assert (replicated.rows_per_token, replicated.kv_us) == (6 * 4 * 3, 0)
+        assert replicated.layers_us > 6 * 100  # one message a layer
+        found.add((hidden_size == 1, first.dispatch))
+    assert found == {(True, "replicated"), (False, "flat")}

@@ -16,6 +16,7 @@ from placement.timing import (
     caution,
     kv_seconds,
     moves_with_placement,
+    replicated_rows,
     rows_by_kind,
     step_seconds,
 )
@@ -58,6 +59,13 @@ def test_allgather_sends_the_same_rows_whatever_the_plan(trace, plan):
     first, second = (rows_by_kind(trace, p, backend="agrs", protocol="home") for p in (plan, other))
     assert first == second == {"intra": 8.0, "inter": 16.0}
     assert [b for b in BACKENDS if not moves_with_placement(b)] == ["agrs"]
+
+
+def test_replicated_rows_are_those_that_the_traffic_model_counts(trace, plan):
+    traffic = count_traffic(trace, plan, dispatch="replicated").rows_per_token()
+    rows = replicated_rows(plan)
+    assert rows["inter"] == traffic["inter_node"] > 0
+    assert rows["intra"] + rows["inter"] == traffic["total"]
 
 
 def test_a_step_takes_latency_and_bytes_over_bandwidth(plan):

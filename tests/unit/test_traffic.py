@@ -273,3 +273,21 @@ def test_hierarchical_dispatch_changes_links_and_not_the_number_of_rows():
     assert list(zip(*np.nonzero(deep.dispatch[0]), strict=True)) == [(0, 2), (2, 3)]
     assert list(zip(*np.nonzero(deep.combine[0]), strict=True)) == [(2, 0), (3, 2)]
     assert deep.rows_per_token() == flat.rows_per_token()
+
+
+def test_replicated_dispatch_sends_partial_sums_from_each_rank_to_each():
+    trace = make_trace([[[0, 1]], [[2, 3]], [[0, 3]]], num_experts=4)
+    plan = make_plan(linear_hosts(1, 4, 4), num_nodes=2)
+    traffic = count_traffic(trace, plan, dispatch="replicated")
+    assert traffic.dispatch.sum() == 0
+    assert np.array_equal(traffic.combine[0], 3 * (1 - np.eye(4)))
+    assert traffic.rows_of_token.tolist() == [12] * 3
+    assert traffic.inter_node == 3 * 8
+    assert traffic.inter_node_dedup == 3 * 4
+    at_home = count_traffic(trace, plan, protocol="home")
+    assert np.array_equal(traffic.load, at_home.load)
+    for protocol, domain in (("home", None), ("coherent", 2)):
+        with pytest.raises(TrafficError, match="all ranks in one domain"):
+            count_traffic(
+                trace, plan, protocol=protocol, coherence_domain=domain, dispatch="replicated"
+            )
