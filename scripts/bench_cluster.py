@@ -4,7 +4,8 @@
 
 Needs root (network namespaces). Each model is profiled, placed and decoded with the same prompts by
 all arms, in one process group, repeats interleaved; an arm whose greedy tokens are not those of the
-unsharded model has failed. coherent/replicas has 25% more slots for experts; auto/affinity lets the
+unsharded model has failed. home/flat is home/linear without sending a row once to a node, the rest
+of ours cross to a node once; coherent/replicas has 25% more slots for experts; auto/affinity lets the
 time model choose, by the links' rates. Peers run if the extra [bench] is installed. Models called
 planted-... are random, of the size asked for, with a router whose affinity was put there
 (planted_model.py); the others are trained. With --racks a plan's "node" is a rack, so that the
@@ -37,14 +38,15 @@ from scripts.peers.prediction import fastest_plan, predict  # noqa: E402
 from scripts.peers.summary import SUBJECT, summarise, table  # noqa: E402
 
 UNSHAPED = "unshaped"
-# By arm: protocol and plan.
+# By arm: protocol, plan and dispatch.
 ARMS = {
-    "home/linear": ("home", "linear"),
-    "home/affinity": ("home", "home-affinity"),
-    "coherent/linear": ("coherent", "linear"),
-    SUBJECT: ("coherent", "coherent-affinity"),
-    "coherent/replicas": ("coherent", "coherent-replicas"),
-    "auto/affinity": ("auto", ""),
+    "home/flat": ("home", "linear", "flat"),
+    "home/linear": ("home", "linear", "auto"),
+    "home/affinity": ("home", "home-affinity", "auto"),
+    "coherent/linear": ("coherent", "linear", "auto"),
+    SUBJECT: ("coherent", "coherent-affinity", "auto"),
+    "coherent/replicas": ("coherent", "coherent-replicas", "auto"),
+    "auto/affinity": ("auto", "", "auto"),
 }
 PEERS = ("autoep", "transformers_ep", "deepspeed_moe")
 # Experts, experts a token, and a strength at which plans save what they save for gpt-oss-20b.
@@ -58,7 +60,7 @@ LOADS = {
     "planted-top1": (256, 4),
     "planted-top4": (128, 4),
 }
-MAX_IMBALANCE = {"pile-moe-top1": 1.25, "planted-top1": 1.25}
+MAX_IMBALANCE = {"pile-moe-top1": 1.25, "planted-top1": 1.5}
 MORE_SLOTS = 1.25
 LATENCY = 1e-3  # of a collective on this machine, whose ranks share cores
 LOOPBACK = 1e9
@@ -255,8 +257,15 @@ def run_arms(
         row = result["arms"][arm["name"]]
         if not row["failed"]:
             plan = Path(arm["options"]["plan"])
+            is_flat = arm["options"]["dispatch"] == "flat"
             row["predicted"] = predict(
-                folder / "trace.safetensors", plan, checkpoint, links, requests, row["ran"]
+                folder / "trace.safetensors",
+                plan,
+                checkpoint,
+                links,
+                requests,
+                ran=row["ran"],
+                backend="nvlink-one-sided" if is_flat else "exflow",
             )
     return result
 
@@ -280,9 +289,10 @@ def our_arm(
     arm: str, checkpoint: Path, folder: Path, links: Path, requests: int, settings: Settings
 ) -> dict[str, Any]:
     """How the worker runs an arm of ours."""
-    protocol, plan = ARMS[arm]
+    protocol, plan, dispatch = ARMS[arm]
     options = {
         "protocol": protocol,
+        "dispatch": dispatch,
         "folder": str(folder / arm.replace("/", "-")),
         "ranks_per_unit": settings.ranks // settings.units,
     }

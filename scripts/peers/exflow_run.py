@@ -1,6 +1,6 @@
 """`exflow run`, called in a process group that exists; its own counts are taken from its metrics.
 
-Options: plan (a file), protocol, routing and links for protocol auto, folder for its files,
+Options: plan (a file), protocol, dispatch, routing and links for protocol auto, folder for its files,
 ranks_per_unit (of a node, or of a rack where trunks are what counts), and whether it shall count
 (metrics): for that it gathers the routing of all tokens at the end, which would be taken for
 traffic of decode.
@@ -44,7 +44,12 @@ def load(checkpoint: Path, options: Mapping[str, Any]) -> Decode:
             *("run", checkpoint, "--prompts", prompts.path, "-o", output),
             *(("--metrics", metrics) if has_metrics else ()),
             *("--protocol", options["protocol"], "--max-new-tokens", steps, "--ignore-eos"),
-            *("--batch-size", len(prompts.token_ids)),
+            *(
+                "--batch-size",
+                len(prompts.token_ids),
+                "--dispatch",
+                options.get("dispatch", "auto"),
+            ),
             *(word for name in PATHS if options.get(name) for word in (f"--{name}", options[name])),
         )
         if dist.get_rank():

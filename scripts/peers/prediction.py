@@ -18,14 +18,14 @@ ELEMENT_BYTES = 4
 
 @cache
 def choices(
-    trace: Path, plan: Path, checkpoint: Path, links: Path, requests: int
+    trace: Path, plan: Path, checkpoint: Path, links: Path, requests: int, backend: str = "exflow"
 ) -> list[dict[str, Any]]:
-    """`exflow simulate --backend exflow`: protocols and domains, the fastest first."""
+    """`exflow simulate`: protocols and domains, the fastest first."""
     loaded = PlacementPlan.load(plan)
     return advise(
         RoutingTrace.load(trace),
         loaded,
-        backend="exflow",
+        backend=backend,
         shape=shape_of(checkpoint, requests // loaded.num_ranks),
         links=Links.load(links),
     )
@@ -55,13 +55,30 @@ def fastest_plan(
 
 
 def predict(
-    trace: Path, plan: Path, checkpoint: Path, links: Path, requests: int, ran: str
+    trace: Path,
+    plan: Path,
+    checkpoint: Path,
+    links: Path,
+    requests: int,
+    *,
+    ran: str,
+    backend: str = "exflow",
 ) -> dict[str, float]:
-    """Milliseconds a step on the wire and bytes of a token between nodes, for what an arm ran."""
+    """Milliseconds a step on the wire and bytes of a token between nodes, for what an arm ran.
+
+    Args:
+        trace: routing of the profile.
+        plan: where experts are.
+        checkpoint: the model.
+        links: their rates.
+        requests: in flight.
+        ran: protocol and domain.
+        backend: "exflow", or one that sends a row to each rank where dispatch was flat.
+    """
     protocol, domain = ran.split(", domain ")
     found = next(
         choice
-        for choice in choices(trace, plan, checkpoint, links, requests)
+        for choice in choices(trace, plan, checkpoint, links, requests, backend)
         if choice["protocol"] == protocol and choice["coherence_domain"] == int(domain)
     )
     loaded = PlacementPlan.load(plan)
@@ -69,7 +86,7 @@ def predict(
     rows = rows_by_kind(
         RoutingTrace.load(trace),
         loaded,
-        backend="exflow",
+        backend=backend,
         protocol=found["protocol"],
         coherence_domain=int(domain),
     )
