@@ -60,7 +60,7 @@ LOADS = {
     "planted-top1": (256, 4),
     "planted-top4": (128, 4),
 }
-MAX_IMBALANCE = {"pile-moe-top1": 1.25, "planted-top1": 1.5}
+MAX_IMBALANCE = {"pile-moe-top1": 1.25, "planted-top1": 1.5, "planted-top4": 1.5}
 MORE_SLOTS = 1.25
 LATENCY = 1e-3  # of a collective on this machine, whose ranks share cores
 LOOPBACK = 1e9
