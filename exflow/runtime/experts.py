@@ -109,19 +109,34 @@ def run_chosen(
     slots_NK: torch.Tensor,
     weights_NK: torch.Tensor,
 ) -> torch.Tensor:
-    """Pairs of row and expert, sorted by expert, in one grouped product for each projection."""
-    partial_ND = torch.zeros_like(hidden_ND)
-    flat_slots = slots_NK.flatten()
-    slots_P, order_P = flat_slots.sort(stable=True)
-    num_elsewhere = int((flat_slots < 0).sum())
-    slots_P, order_P = slots_P[num_elsewhere:], order_P[num_elsewhere:]
+    """Pairs of row and expert, sorted by expert, in one grouped product for each projection.
+
+    Pairs whose expert is elsewhere come last. A CPU drops them; a GPU takes them along, in no
+    group, since to know how many they are the host would have to wait for it.
+    """
+    num_slots, num_choices = experts.down.shape[0], slots_NK.shape[1]
+    slots_P, order_P = (slots_NK.flatten() % (num_slots + 1)).sort(stable=True)
+    ends = torch.searchsorted(
+        slots_P, torch.arange(num_slots, device=slots_P.device), right=True, out_int32=True
+    )
+    has_others = not is_known(slots_P)
+    if not has_others:
+        num_here = int(ends[-1])
+        slots_P, order_P = slots_P[:num_here], order_P[:num_here]
     if slots_P.shape[0] == 0:
-        return partial_ND
-    rows_P = order_P // slots_NK.shape[1]
-    ends = torch.bincount(slots_P, minlength=experts.down.shape[0]).cumsum(0).to(torch.int32)
-    out_PD = apply_grouped(experts, hidden_ND.index_select(0, rows_P), slots_P, ends)
-    weights_P = weights_NK.flatten()[order_P].to(out_PD.dtype)
-    return partial_ND.index_add_(0, rows_P, out_PD * weights_P[:, None])
+        return torch.zeros_like(hidden_ND)
+    rows_P = order_P // num_choices
+    inside_P = slots_P.clamp(max=num_slots - 1) if has_others else slots_P
+    out_PD = apply_grouped(experts, hidden_ND.index_select(0, rows_P), inside_P, ends)
+    out_PD = out_PD * weights_NK.flatten()[order_P].to(out_PD.dtype)[:, None]
+    if has_others:
+        out_PD = out_PD.masked_fill((slots_P == num_slots)[:, None], 0)
+    return torch.zeros_like(hidden_ND).index_add_(0, rows_P, out_PD)
+
+
+def is_known(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at values without waiting for a GPU."""
+    return tensor.is_cpu
 
 
 def apply_grouped(

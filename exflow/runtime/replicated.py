@@ -15,6 +15,7 @@ Shape suffixes: T tokens of all ranks, K choices, D hidden size, W ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,8 +49,7 @@ class ReplicatedDispatcher:
         tables = self.tables
         home_T = None
         if tables.has_copies[layer]:
-            owned = torch.tensor(tokens.owned, device=expert_ids_TK.device)
-            home_T = torch.repeat_interleave(owned)
+            home_T = homes_of(tokens.owned, expert_ids_TK.device)
         choices_TK = tables.choose(layer, expert_ids_TK, home_T)
         slots_TK = tables.slot_of_choice[layer].take(choices_TK)
         rows = Rows(hidden=tokens.hidden, expert_slots=slots_TK, weights=weights_TK)
@@ -68,6 +68,17 @@ class ReplicatedDispatcher:
         for sums_TD in sums_WTB.view(partial_TD.dtype):
             total_TD += sums_TD
         return Tokens(hidden=tokens.hidden + total_TD, slots=tokens.slots, owned=tokens.owned)
+
+
+@lru_cache(maxsize=64)
+def homes_of(owned: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(T,) the rank that each token started on. Kept, so that a GPU gets it once.
+
+    >>> homes_of((2, 0, 1), torch.device("cpu"))
+    tensor([0, 0, 2])
+    """
+    homes = [rank for rank, count in enumerate(owned) for _ in range(count)]
+    return torch.tensor(homes, dtype=torch.int64, device=device)
 
 
 def own_tokens(tokens: Tokens, rank: int) -> Tokens:

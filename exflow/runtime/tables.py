@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from exflow.runtime.experts import is_known
 from placement.traffic import choose_ranks, next_owner, relays
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class PlacementTables:
 
 def _computed(rule: Callable[..., Any], *arrays: torch.Tensor | None) -> torch.Tensor:
     """A rule of `placement.traffic`; on a CPU by NumPy, whose kernels start faster than PyTorch's."""
-    if any(array is not None and array.is_cuda for array in arrays):
+    if not all(array is None or is_known(array) for array in arrays):
         found: torch.Tensor = rule(*arrays)
         return found
     return torch.from_numpy(rule(*(None if array is None else array.numpy() for array in arrays)))
