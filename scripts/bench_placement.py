@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ MACHINES = ((1, 4), (1, 8), (2, 2), (2, 4))
 CAPS = {"gptoss20b_decode": {4: 1.10, 8: 1.15}}
 DEFAULT_CAP = 1.15
 MEAN_SHARES = (1.0, 0.85, 0.7)
+HALVINGS, EVENEST = 8, 1.005
 FRONTIER = (1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 
 
@@ -203,6 +205,23 @@ def cell(
     }
 
 
+def halvings(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """The evenest plans without replicas, on several halvings of the sequences."""
+    topology, slots = Topology(num_nodes=2, ranks_per_node=2), -(-trace.num_experts // 4)
+    for halving in range(HALVINGS):
+        fit, held_out = trace.split(seed=halving)
+        for strategy in ("balanced", "moetuner", "affinity"):
+            options = PlacementOptions(
+                seed=args.seed, effort=args.effort, time_limit=args.milp_seconds
+            )
+            if strategy == "affinity":
+                options = replace(options, mean_imbalance=EVENEST, time_limit=None)
+            yield {
+                "halving": halving,
+                **cell(fit, held_out, topology, slots, strategy, options, name),
+            }
+
+
 def crossing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
     """The paper's metric: top-1 path, no load cap, no replicas; fitted and held-out tokens."""
     fit, held_out = trace.top1().split()
@@ -288,6 +307,7 @@ def frontier(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
 
 PARTS = {
     "cells": cells,
+    "halvings": halvings,
     "crossing": crossing,
     "null": null,
     "shift": shift,

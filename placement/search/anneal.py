@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from placement.search.jit import kernel
 from placement.search.moves import (
     REFUSED,
+    clear,
     draw,
     load_cost,
     may_hold,
@@ -72,10 +73,8 @@ def is_kept(problem: Problem, layer: int, a: int, b: int, new: int, temperature:
 @kernel
 def _forget(problem: Problem, layer: int) -> None:
     """Clears what committing added to the load changes once more."""
-    change = problem.scratch.load
-    for touched in range(layer, change.shape[0]):
-        for rank in range(change.shape[1]):
-            change[touched, rank] = 0.0
+    for touched in range(layer, problem.scratch.load.shape[0]):
+        clear(problem.scratch, touched)
 
 
 @kernel

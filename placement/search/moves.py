@@ -10,7 +10,7 @@ from placement.search.jit import Array, Number, kernel
 from placement.search.walk import ONE, has_bit, visit
 
 if TYPE_CHECKING:
-    from placement.search.state import Layout, Problem
+    from placement.search.state import Layout, Problem, Scratch
 
 FIRST_CHECK = 24
 SURE = 1.5  # standard errors
@@ -63,7 +63,7 @@ def follow(problem: Problem, layer: int, token: int, commit: bool) -> Number:
     """
     tokens, flow, scratch = problem.tokens, problem.flow, problem.scratch
     layers, top_k = flow.choice.shape[0], flow.choice.shape[2]
-    weight = tokens.weight[token]
+    weight, part = tokens.weight[token], tokens.part[token]
     owner = np.int64(flow.owner[layer, token])
     choice = scratch.choice
     change = 0.0
@@ -77,6 +77,9 @@ def follow(problem: Problem, layer: int, token: int, commit: bool) -> Number:
             if old != choice[k]:
                 scratch.load[layer, old] -= weight
                 scratch.load[layer, choice[k]] += weight
+                if part >= 0:
+                    scratch.part_load[layer, part, old] -= weight
+                    scratch.part_load[layer, part, choice[k]] += weight
                 if commit:
                     flow.choice[layer, token, k] = choice[k]
         old_owner = flow.owner[layer + 1, token]
@@ -131,30 +134,50 @@ def reroute(problem: Problem, layer: int, a: int, b: int, limit: float, commit: 
 @kernel
 def settle(problem: Problem, layer: int, keep: bool) -> None:
     """Clears the load changes of the layers touched, after adding them to the load or not."""
-    load, change = problem.flow.load, problem.scratch.load
-    for touched in range(layer, problem.scratch.last[0] + 1):
-        for rank in range(load.shape[1]):
+    flow, scratch = problem.flow, problem.scratch
+    parts, width = flow.part_load.shape[1], flow.load.shape[1]
+    for touched in range(layer, scratch.last[0] + 1):
+        for rank in range(width):
             if keep:
-                load[touched, rank] += change[touched, rank]
-            change[touched, rank] = 0.0
-    problem.scratch.last[0] = layer
+                flow.load[touched, rank] += scratch.load[touched, rank]
+            for part in range(parts):
+                if keep:
+                    flow.part_load[touched, part, rank] += scratch.part_load[touched, part, rank]
+        clear(scratch, touched)
+    scratch.last[0] = layer
+
+
+@kernel
+def clear(scratch: Scratch, layer: int) -> None:
+    """Forgets the load changes of a layer."""
+    for rank in range(scratch.load.shape[1]):
+        scratch.load[layer, rank] = 0.0
+        for part in range(scratch.part_load.shape[1]):
+            scratch.part_load[layer, part, rank] = 0.0
 
 
 @kernel
 def load_cost(problem: Problem, layer: int, changed: bool) -> float:
     """What uneven load costs at one layer, now or after the change."""
-    load, limits = problem.flow.load, problem.limits
+    flow, limits, scratch = problem.flow, problem.limits, problem.scratch
     node_of_rank = problem.machine.node_of_rank
     uneven, over, node_load = 0.0, 0.0, 0.0
-    width = load.shape[1]
+    parts, width = flow.part_load.shape[1], flow.load.shape[1]
     for rank in range(width):
-        value = load[layer, rank]
+        value = flow.load[layer, rank]
         if changed:
-            value += problem.scratch.load[layer, rank]
-        uneven += max(0.0, value - limits.even_load[layer])
+            value += scratch.load[layer, rank]
+        if parts == 0:
+            uneven += max(0.0, value - limits.even_load[layer])
         over += max(0.0, value - limits.rank_load[layer])
         node_load += value
         if rank + 1 == width or node_of_rank[rank + 1] != node_of_rank[rank]:
             over += max(0.0, node_load - limits.node_load[layer])
             node_load = 0.0
+    for part in range(parts):
+        for rank in range(width):
+            value = flow.part_load[layer, part, rank]
+            if changed:
+                value += scratch.part_load[layer, part, rank]
+            uneven += max(0.0, value - limits.even_part[layer, part])
     return float(limits.price[0] * uneven + limits.price[1] * over)

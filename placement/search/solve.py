@@ -118,6 +118,7 @@ class Search:
             rank_load=total * (caps.rank / width),
             node_load=total * (caps.node / nodes if nodes > 1 else np.inf),
             even_load=total * (caps.even / width),
+            even_part=flow.part_load.sum(axis=2) * (caps.even / width),
             price=np.array([0.0, LOW_PRICE]),
             origin=self.origin,
             replicas=np.array([int(self.replicas)]),

@@ -28,6 +28,8 @@ class Tokens(NamedTuple):
         expert_ids: int16 (L, T, K).
         first_owner: int16 (T,).
         weight: float32 (T,) what a token counts for.
+        part: int16 (T,) the part of the sequences a token belongs to; -1 where load is not counted
+            by parts.
         start: int64 (L, E + 1) where an expert's tokens begin in `users`.
         users: int32 (L, T * K) tokens by expert, rising.
     """
@@ -35,6 +37,7 @@ class Tokens(NamedTuple):
     expert_ids: NDArray[np.int16]
     first_owner: NDArray[np.int16]
     weight: NDArray[np.float32]
+    part: NDArray[np.int16]
     start: NDArray[np.int64]
     users: NDArray[np.int32]
 
@@ -77,12 +80,14 @@ class Flow(NamedTuple):
         choice: int16 (L, T, K) rank that runs each expert.
         cost: float32 (L, T) cost of a token at a layer.
         load: float64 (L, W) token load.
+        part_load: float64 (L, P, W) the same by part; P is 0 without parts.
     """
 
     owner: NDArray[np.int16]
     choice: NDArray[np.int16]
     cost: NDArray[np.float32]
     load: NDArray[np.float64]
+    part_load: NDArray[np.float64]
 
 
 class Limits(NamedTuple):
@@ -92,6 +97,7 @@ class Limits(NamedTuple):
         rank_load: float64 (L,) cap on the token load of a rank.
         node_load: float64 (L,) cap on the token load of a node.
         even_load: float64 (L,) token load of a rank from which on load has a price.
+        even_part: float64 (L, P) the same for the load of a part, which then has the price.
         price: float64 (2,) price of load above `even_load`, and of load above a cap.
         origin: uint64 (L, E) bits of the ranks with a copy before the search.
         replicas: int64 (1,) 1 if experts may have several copies.
@@ -102,6 +108,7 @@ class Limits(NamedTuple):
     rank_load: NDArray[np.float64]
     node_load: NDArray[np.float64]
     even_load: NDArray[np.float64]
+    even_part: NDArray[np.float64]
     price: NDArray[np.float64]
     origin: NDArray[np.uint64]
     replicas: NDArray[np.int64]
@@ -114,6 +121,7 @@ class Scratch(NamedTuple):
 
     Attributes:
         load: float64 (L, W) change of load.
+        part_load: float64 (L, P, W) by part.
         last: int64 (1,) the last layer touched.
         moved: int64 (1,) copies where none was before the search.
         choice: int64 (K,) ranks of one token.
@@ -121,6 +129,7 @@ class Scratch(NamedTuple):
     """
 
     load: NDArray[np.float64]
+    part_load: NDArray[np.float64]
     last: NDArray[np.int64]
     moved: NDArray[np.int64]
     choice: NDArray[np.int64]
@@ -142,6 +151,7 @@ def make_scratch(flow: Flow, *, seed: int) -> Scratch:
     """Empty room for a search on `flow`."""
     return Scratch(
         load=np.zeros_like(flow.load),
+        part_load=np.zeros_like(flow.part_load),
         last=np.zeros(1, dtype=np.int64),
         moved=np.zeros(1, dtype=np.int64),
         choice=np.zeros(flow.choice.shape[2], dtype=np.int64),
@@ -150,9 +160,22 @@ def make_scratch(flow: Flow, *, seed: int) -> Scratch:
 
 
 def make_tokens(
-    trace: RoutingTrace, *, num_ranks: int, seed: int, weight: NDArray[np.float32] | None = None
+    trace: RoutingTrace,
+    *,
+    num_ranks: int,
+    seed: int,
+    weight: NDArray[np.float32] | None = None,
+    parts: int = 0,
 ) -> Tokens:
-    """The tokens of a trace in random order: the first n of any list are a fair sample of it."""
+    """The tokens of a trace in random order: the first n of any list are a fair sample of it.
+
+    Args:
+        trace: the tokens.
+        num_ranks: W.
+        seed: of the order.
+        weight: what each token counts for.
+        parts: parts to make of the sequences, at random, as many in each.
+    """
     order = token_order(trace, seed=seed)
     ids = np.ascontiguousarray(trace.expert_ids[order].transpose(1, 0, 2).astype(np.int16))
     start, users = _users(ids, trace.num_experts)
@@ -161,6 +184,7 @@ def make_tokens(
         expert_ids=ids,
         first_owner=(trace.sequence_ids[order] % num_ranks).astype(np.int16),
         weight=weights.astype(np.float32),
+        part=_parts(trace, parts, seed=seed)[order],
         start=start,
         users=users,
     )
@@ -174,9 +198,19 @@ def first_tokens(tokens: Tokens, count: int, num_experts: int) -> Tokens:
         expert_ids=ids,
         first_owner=tokens.first_owner[:count],
         weight=tokens.weight[:count],
+        part=tokens.part[:count],
         start=start,
         users=users,
     )
+
+
+def _parts(trace: RoutingTrace, parts: int, *, seed: int) -> NDArray[np.int16]:
+    """(T,) the part of each token's sequence."""
+    if parts == 0:
+        return np.full(trace.num_tokens, -1, dtype=np.int16)
+    sequences, index = np.unique(trace.sequence_ids, return_inverse=True)
+    part_of = np.random.default_rng(seed).permutation(len(sequences)) % parts
+    return part_of[index].astype(np.int16)
 
 
 def token_order(trace: RoutingTrace, *, seed: int) -> NDArray[np.int64]:
@@ -237,11 +271,13 @@ def _node_bits(topology: Topology) -> NDArray[np.uint64]:
 def make_flow(tokens: Tokens, machine: Machine, layout: Layout) -> Flow:
     """Walks all tokens through all layers."""
     layers, count, top_k = tokens.expert_ids.shape
+    width, parts = len(machine.node_of_rank), int(tokens.part.max(initial=-1)) + 1
     flow = Flow(
         owner=np.zeros((layers + 1, count), dtype=np.int16),
         choice=np.zeros((layers, count, top_k), dtype=np.int16),
         cost=np.zeros((layers, count), dtype=np.float32),
-        load=np.zeros((layers, len(machine.node_of_rank)), dtype=np.float64),
+        load=np.zeros((layers, width), dtype=np.float64),
+        part_load=np.zeros((layers, parts, width), dtype=np.float64),
     )
     flow.owner[0] = tokens.first_owner
     route_all(tokens, machine, layout, flow, np.zeros(top_k, dtype=np.int64))

@@ -155,6 +155,8 @@ def route_all(tokens: Tokens, machine: Machine, layout: Layout, flow: Flow, choi
             for k in range(top_k):
                 flow.choice[layer, token, k] = choice[k]
                 flow.load[layer, choice[k]] += tokens.weight[token]
+                if tokens.part[token] >= 0:
+                    flow.part_load[layer, tokens.part[token], choice[k]] += tokens.weight[token]
 
 
 def total_cost(tokens: Tokens, flow: Flow) -> float:

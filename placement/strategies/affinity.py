@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_IMBALANCE = 1.2
 NODE_SHARE_OF_EXCESS = 0.5
+EVEN_MEAN, PARTS = 1.005, 10
 
 
 def place(
@@ -127,8 +128,15 @@ def _tuples(outlook: NDArray[np.int32]) -> Outlook:
 def _start(
     trace: RoutingTrace, topology: Topology, num_slots: int, options: PlacementOptions
 ) -> Search:
+    # Where load is to be as even as it can be, what is left elsewhere is what sequences differ by,
+    # and to even out their sum is not enough.
+    is_even = (options.mean_imbalance or np.inf) <= EVEN_MEAN
     tokens = make_tokens(
-        trace, num_ranks=topology.num_ranks, seed=options.seed, weight=options.token_weights
+        trace,
+        num_ranks=topology.num_ranks,
+        seed=options.seed,
+        weight=options.token_weights,
+        parts=PARTS if is_even else 0,
     )
     intra = options.intra_node_cost if topology.num_nodes > 1 else 1.0
     machine = make_machine(topology, domain=options.domain_size, intra=intra, inter=1.0)

@@ -13,9 +13,17 @@ from placement.search.pairs import exchange_ranks, fill_pull
 from placement.search.replicas import fill_spare_slots
 from placement.search.solve import Search
 from placement.search.start import anneal_pairs, make_pairs
-from placement.search.state import hosts_of, make_flow, make_layout, make_machine, make_tokens
+from placement.search.state import (
+    hosts_of,
+    make_flow,
+    make_layout,
+    make_machine,
+    make_tokens,
+    token_order,
+)
 from placement.search.walk import total_cost
 from placement.topology import Topology
+from placement.trace import RoutingTrace
 from placement.traffic import count_traffic, crossing_rate, imbalance_of
 from planted import planted_trace, random_trace
 
@@ -49,12 +57,12 @@ def caps(cap):
     return Caps(rank=cap, node=cap, mean=cap)
 
 
-def search_on(trace, topology, *, extra=0, slots=None, domain=None, seed=0, **fields):
+def search_on(trace, topology, *, extra=0, slots=None, domain=None, seed=0, parts=0, **fields):
     hosts = random_hosts(trace, topology.num_ranks, extra, seed)
     slots = slots or int(hosts.sum(axis=1).max())
     layout = make_layout(hosts, slots_per_rank=slots)
     return Search(
-        tokens=make_tokens(trace, num_ranks=topology.num_ranks, seed=seed),
+        tokens=make_tokens(trace, num_ranks=topology.num_ranks, seed=seed, parts=parts),
         machine=make_machine(topology, domain=domain, intra=1.0, inter=1.0),
         layout=layout,
         origin=layout.hosts.copy(),
@@ -121,12 +129,14 @@ def test_a_fitted_outlook_saves_rows_on_tokens_not_seen():
 def test_annealing_keeps_its_books_true(nodes, per_node, domain, extra):
     trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
     topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
-    search = search_on(trace, topology, extra=extra, domain=domain)
+    search = search_on(trace, topology, extra=extra, domain=domain, parts=3)
     problem = search.problem(1 << 40, caps(1.5), 7)
     assert anneal(problem, 300, 20.0) > 0
     fresh = make_flow(search.tokens, search.machine, search.layout)
-    for name in ("owner", "choice", "load"):
+    for name in ("owner", "choice", "load", "part_load"):
         assert (getattr(problem.flow, name) == getattr(fresh, name)).all(), name
+    assert problem.flow.part_load.shape == (trace.num_layers, 3, topology.num_ranks)
+    assert problem.flow.part_load.sum(axis=1) == pytest.approx(problem.flow.load)
     assert problem.flow.cost == pytest.approx(fresh.cost)
     plan_of(hosts_of(search.layout, trace.num_experts), trace, topology)
 
@@ -244,3 +254,44 @@ def test_spare_slots_are_all_filled_and_the_flow_stays_true():
     assert (fresh.load == problem.flow.load).all()
     assert problem.flow.cost == pytest.approx(fresh.cost)
     assert fresh.cost.sum() < before, "copies of a random layout save rows"
+
+
+def test_a_sequence_belongs_to_one_part():
+    trace = planted_trace(tokens=300, sequences=12)
+    tokens = make_tokens(trace, num_ranks=4, seed=2, parts=4)
+    sequence = trace.sequence_ids[token_order(trace, seed=2)]
+    pairs = set(zip(sequence.tolist(), tokens.part.tolist(), strict=True))
+    assert len(pairs) == len(set(sequence.tolist()))
+    assert sorted(np.bincount([part for _, part in pairs])) == [3, 3, 3, 3]
+    assert set(make_tokens(trace, num_ranks=4, seed=2).part.tolist()) == {-1}
+
+
+def test_what_is_even_part_by_part_is_more_even_on_other_sequences():
+    topology = Topology(num_nodes=1, ranks_per_node=4)
+    found = {0: [], 8: []}
+    for seed in range(6):
+        trace = trace_of_topics(seed)
+        fit, held_out = trace.split()
+        for parts, imbalances in found.items():
+            search = search_on(fit, topology, parts=parts)
+            problem = search.problem(1 << 40, Caps(rank=9.0, node=9.0, mean=1.0), 1)
+            problem.limits.price[:] = (10.0, 0.0)
+            for heat in (30.0, 10.0, 3.0, 1.0):
+                anneal(problem, 3000, heat)
+            plan = plan_of(hosts_of(search.layout, 16), trace, topology)
+            imbalances.append(count_traffic(held_out, plan).imbalance()["mean"])
+    assert np.mean(found[8]) < np.mean(found[0]) - 0.02
+
+
+def trace_of_topics(seed):
+    """Sequences about one topic each, whose two experts like to be together."""
+    rng = np.random.default_rng(seed)
+    topic = rng.integers(8, size=64)[np.repeat(np.arange(64), 50)]
+    experts = 2 * topic[:, None, None] + rng.permuted(np.tile(np.arange(2), (3200, 3, 1)), axis=2)
+    return RoutingTrace(
+        expert_ids=experts.astype(np.int16),
+        sequence_ids=np.repeat(np.arange(64), 50).astype(np.int32),
+        num_experts=16,
+        model="topics",
+        layer_ids=(0, 1, 2),
+    )
