@@ -201,7 +201,7 @@ def _check_cap(load: NDArray[np.float64], cap: float, trace: RoutingTrace) -> No
     if worst[layer] > cap:
         msg = (
             f"no plan found with max / mean load within {cap} at every layer: layer "
-            f"{trace.layer_ids[layer]} reaches {worst[layer]:.3f}; allow a higher --max-imbalance "
+            f"{trace.layer_ids[layer]} reaches {worst[layer]:.4f}; allow a higher --max-imbalance "
             f"or more --slots-per-rank, or leave the cap to the strategy"
         )
         raise StrategyError(msg)
