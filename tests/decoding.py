@@ -7,6 +7,7 @@ import torch
 
 import exflow.runtime.steps
 from exflow.models.checkpoint import Checkpoint
+from exflow.models.families import define_model
 from exflow.runtime.decoder import Decoder
 from exflow.runtime.engine import Engine, EngineOptions
 from exflow.runtime.metrics import join_phases
@@ -17,7 +18,7 @@ from exflow.runtime.weights import load_weights
 from placement.plan import PlacementPlan, Strategy
 from placement.topology import Topology
 from placement.traffic import count_traffic
-from tiny_checkpoints import make_prompts
+from tiny_checkpoints import decode_with_transformers, make_prompts
 
 CPU = torch.device("cpu")
 PROMPTS = make_prompts([5, 17, 1, 30, 8, 3, 9])
@@ -51,6 +52,14 @@ class Result:
     logits: dict
     decode: dict
     trace: object
+
+
+def save_model(save, folder, **changes):
+    """A tiny checkpoint, and what transformers makes of the prompts."""
+    path = save(folder / "tiny", **changes)
+    reference = decode_with_transformers(path, PROMPTS, NEW_TOKENS)
+    logits = [part.numpy() for part in reference.logits]
+    return Model(str(path), define_model(path), reference.tokens, logits)
 
 
 def make_plan(definition, num_ranks, kind, seed=0):

@@ -6,31 +6,25 @@ import numpy as np
 import pytest
 
 from decoding import (
-    NEW_TOKENS,
-    PROMPTS,
-    Model,
     check_logits,
     check_traffic,
     decode_all,
     make_case,
     make_plan,
     protocols,
+    save_model,
     sharing_at_once,
 )
-from exflow.models.families import define_model
 from harness import run_ranks
 from placement.traffic import count_traffic
-from tiny_checkpoints import decode_with_transformers, qwen3_moe
+from tiny_checkpoints import qwen3_moe
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = qwen3_moe(tmp_path_factory.mktemp("model") / "tiny", num_experts_per_tok=4)
-    reference = decode_with_transformers(folder, PROMPTS, NEW_TOKENS)
-    logits = [part.numpy() for part in reference.logits]
-    return Model(str(folder), define_model(folder), reference.tokens, logits)
+    return save_model(qwen3_moe, tmp_path_factory.mktemp("model"), num_experts_per_tok=4)
 
 
 @pytest.mark.parametrize("kind", ["linear", "random", "copies"])
@@ -81,10 +75,7 @@ def check_flat(model, result, case, traffic):
 
 
 def test_with_one_expert_a_token_only_keys_and_values_are_fanned_out(tmp_path):
-    folder = qwen3_moe(tmp_path / "tiny", num_experts_per_tok=1)
-    reference = decode_with_transformers(folder, PROMPTS, NEW_TOKENS)
-    logits = [part.numpy() for part in reference.logits]
-    model = Model(str(folder), define_model(folder), reference.tokens, logits)
+    model = save_model(qwen3_moe, tmp_path, num_experts_per_tok=1)
     plan = make_plan(model.definition, 4, "random")
     case = make_case(plan, "coherent", None)
     cases = [

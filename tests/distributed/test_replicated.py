@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 
 from decoding import (
-    NEW_TOKENS,
     PROMPTS,
-    Model,
     check_logits,
     check_traffic,
     decode,
     decode_all,
     make_case,
     make_plan,
+    save_model,
 )
-from exflow.models.families import define_model
 from harness import run_ranks
-from tiny_checkpoints import decode_with_transformers, qwen2_moe
+from tiny_checkpoints import qwen2_moe
 
 pytestmark = pytest.mark.distributed
 
@@ -30,11 +28,8 @@ def replicated(case):
 @pytest.fixture(scope="module", params=[1, 3])
 def model(request, tmp_path_factory):
     """With a shared expert."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    folder = qwen2_moe(folder, num_experts_per_tok=request.param)
-    reference = decode_with_transformers(folder, PROMPTS, NEW_TOKENS)
-    logits = [part.numpy() for part in reference.logits]
-    return Model(str(folder), define_model(folder), reference.tokens, logits)
+    folder = tmp_path_factory.mktemp("model")
+    return save_model(qwen2_moe, folder, num_experts_per_tok=request.param)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

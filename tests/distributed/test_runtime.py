@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 from decoding import (
     CPU,
-    NEW_TOKENS,
     PROMPTS,
-    Model,
     check_logits,
     check_traffic,
     decode,
@@ -17,13 +15,13 @@ from decoding import (
     make_case,
     make_plan,
     protocols,
+    save_model,
     sharing_at_once,
     sharing_at_the_end,
 )
-from exflow.models.families import define_model
 from exflow.runtime.ranks import Ranks
 from harness import run_ranks
-from tiny_checkpoints import decode_with_transformers, olmoe, qwen3_moe
+from tiny_checkpoints import olmoe, qwen3_moe
 
 pytestmark = pytest.mark.distributed
 
@@ -37,10 +35,7 @@ MODELS = {
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
     save, changes = MODELS[request.param]
-    folder = save(tmp_path_factory.mktemp("model") / "tiny", **changes)
-    reference = decode_with_transformers(folder, PROMPTS, NEW_TOKENS)
-    logits = [part.numpy() for part in reference.logits]
-    return Model(str(folder), define_model(folder), reference.tokens, logits)
+    return save_model(save, tmp_path_factory.mktemp("model"), **changes)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from exflow.runtime.dispatcher import LocalDispatcher, Tokens
 from exflow.runtime.expert_weights import ExpertWeights
-from exflow.runtime.experts import run_experts
+from exflow.runtime.experts import run_chosen, run_experts
 from exflow.runtime.rows import RowFormat
 from exflow.runtime.sharing import Routes, find_relays
 from exflow.runtime.tables import PlacementTables, order_by_rank, ranks_that_run
@@ -125,6 +125,20 @@ def test_experts_together_equal_experts_one_by_one(num_rows, top_k, is_joined):
     weights = torch.rand(num_rows, top_k, generator=generator)
     expected = run_one_by_one(experts, hidden, slots, weights)
     assert torch.allclose(run_experts(experts, hidden, slots, weights), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_rows", "top_k"), [(1, 1), (7, 3), (40, 2)])
+def test_pairs_whose_expert_is_elsewhere_may_stay_as_on_a_gpu(monkeypatch, num_rows, top_k):
+    experts = make_experts(5)
+    generator = torch.Generator().manual_seed(num_rows)
+    hidden = torch.randn(num_rows, 16, generator=generator)
+    slots = torch.randint(-1, 5, (num_rows, top_k), generator=generator)
+    slots[0] = -1
+    weights = torch.rand(num_rows, top_k, generator=generator)
+    expected = run_one_by_one(experts, hidden, slots, weights)
+    for is_known in (True, False):
+        monkeypatch.setattr("exflow.runtime.experts.is_known", lambda _, known=is_known: known)
+        assert torch.allclose(run_chosen(experts, hidden, slots, weights), expected, atol=1e-5)
 
 
 def test_a_rank_without_experts_returns_zeros():
