@@ -138,12 +138,11 @@ class HomeDispatcher:
         choices_TK = tables.choose(layer, expert_ids_TK)
         runs_TW = ranks_that_run(choices_TK // tables.num_experts, tables.num_ranks)
         token_M, send_counts = order_by_rank(runs_TW)
-        receive_counts = self.wire.exchange_counts(send_counts)
-        rows_NB = self.wire.exchange_rows(
+        rows_NB, receive_counts, _ = self.wire.send_rows(
             row_format.pack(tokens.hidden, choices_TK, weights_TK)[token_M],
             send_counts,
-            receive_counts,
-            kind="dispatch",
+            [[]] * tables.num_ranks,
+            at_most=tokens.owned,
             layer=layer,
             payload_bytes=row_format.payload_bytes,
         )
@@ -213,16 +212,15 @@ class CoherentDispatcher:
             wanted_TW[:, tables.rank] |= next_T == tables.rank
         token_M, send_counts = order_by_rank(wanted_TW)
         moves = torch.bincount(next_T, minlength=tables.num_ranks).tolist()
-        counts = self.wire.share_counts(send_counts + moves)
-        rows_NB = self.wire.exchange_rows(
+        rows_NB, _, moves_WW = self.wire.send_rows(
             row_format.pack(tokens.hidden, choices_TK, weights_TK, tokens.slots, next_T)[token_M],
             send_counts,
-            [source[tables.rank] for source in counts],
-            kind="dispatch",
+            [moves] * tables.num_ranks,
+            at_most=tokens.owned,
             layer=layer,
             payload_bytes=row_format.payload_bytes,
         )
-        owned = [sum(moved) for moved in zip(*counts, strict=True)][tables.num_ranks :]
+        owned = [sum(moved) for moved in zip(*moves_WW, strict=True)]
         rows = rows_of(row_format, tables, layer, rows_NB)
         record = CoherentRecord(
             layer=layer,

@@ -75,24 +75,17 @@ class HierarchicalHomeDispatcher:
         runs_TW = ranks_that_run(choices_TK // tables.num_experts, tables.num_ranks)
         hops = find_hops(runs_TW, tables, wire.ranks_per_node)
         token_M, send_counts = order_by_rank(hops.direct_TW)
-        direct_W1 = torch.tensor(send_counts, device=tokens.hidden.device)[:, None]
-        numbers = torch.cat([direct_W1, hops.fans_WJ], dim=1).flatten().tolist()
-        received = wire.exchange_counts(numbers)
-        width = 1 + wire.ranks_per_node
-        receive_counts = received[::width]
-        fan_counts = [sum(received[place::width]) for place in range(1, width)]
-        crossed_NB = _exchange(
-            wire,
-            row_format,
+        crossed_NB, receive_counts, fans_WJ = wire.send_rows(
             row_format.pack(tokens.hidden, choices_TK, weights_TK)[token_M],
             send_counts,
-            receive_counts,
-            layer,
+            hops.fans_WJ.tolist(),
+            at_most=tokens.owned,
+            layer=layer,
+            payload_bytes=row_format.payload_bytes,
         )
+        fan_counts = [sum(fans) for fans in zip(*fans_WJ, strict=True)]
         fanned_M, fan_send = fan_out(crossed_NB, receive_counts, tables, row_format, wire)
-        fanned_NB = _exchange(
-            wire, row_format, crossed_NB[fanned_M], fan_send, fan_counts, layer, in_node=True
-        )
+        fanned_NB = _fan(wire, row_format, crossed_NB[fanned_M], fan_send, fan_counts, layer)
         record = HomeHopsRecord(
             layer=layer,
             tokens=tokens,
@@ -153,23 +146,18 @@ class HierarchicalCoherentDispatcher:
         hops.direct_TW[:, tables.rank] |= next_T == tables.rank
         token_M, send_counts = order_by_rank(hops.direct_TW)
         moves = torch.bincount(next_T, minlength=tables.num_ranks).tolist()
-        counts = wire.share_counts(send_counts + moves + hops.fans_WJ.flatten().tolist())
-        totals = [sum(numbers) for numbers in zip(*counts, strict=True)]
-        receive_counts = [source[tables.rank] for source in counts]
-        first_fan = 2 * tables.num_ranks + tables.rank * wire.ranks_per_node
-        crossed_NB = _exchange(
-            wire,
-            row_format,
+        crossed_NB, receive_counts, heard = wire.send_rows(
             row_format.pack(tokens.hidden, choices_TK, weights_TK, tokens.slots, next_T)[token_M],
             send_counts,
-            receive_counts,
-            layer,
+            [moves + fans for fans in hops.fans_WJ.tolist()],
+            at_most=tokens.owned,
+            layer=layer,
+            payload_bytes=row_format.payload_bytes,
         )
+        totals = [sum(numbers) for numbers in zip(*heard, strict=True)]
+        owned, fan_counts = totals[: tables.num_ranks], totals[tables.num_ranks :]
         fanned_M, fan_send = fan_out(crossed_NB, receive_counts, tables, row_format, wire)
-        fan_counts = totals[first_fan : first_fan + wire.ranks_per_node]
-        fanned_NB = _exchange(
-            wire, row_format, crossed_NB[fanned_M], fan_send, fan_counts, layer, in_node=True
-        )
+        fanned_NB = _fan(wire, row_format, crossed_NB[fanned_M], fan_send, fan_counts, layer)
         rows_NB = torch.cat([crossed_NB, fanned_NB])
         rows_NB = rows_NB[row_format.slots(rows_NB).argsort()]
         rows = rows_of(row_format, tables, layer, rows_NB)
@@ -179,7 +167,7 @@ class HierarchicalCoherentDispatcher:
             slots_N=row_format.slots(rows_NB),
             next_owner_N=row_format.next_owners(rows_NB),
             ranks_NK=row_format.choices(rows_NB) // tables.num_experts,
-            owned=tuple(totals[tables.num_ranks : 2 * tables.num_ranks]),
+            owned=tuple(owned),
         )
         return rows, record
 
@@ -264,16 +252,15 @@ def fan_out(
     return order_by_rank(runs_NJ)
 
 
-def _exchange(
+def _fan(
     wire: Wire,
     row_format: RowFormat,
     rows_NB: torch.Tensor,
     send_counts: list[int],
     receive_counts: list[int],
     layer: int,
-    *,
-    in_node: bool = False,
 ) -> torch.Tensor:
+    """Rows go on from relays to the other ranks of their node."""
     return wire.exchange_rows(
         rows_NB,
         send_counts,
@@ -281,5 +268,5 @@ def _exchange(
         kind="dispatch",
         layer=layer,
         payload_bytes=row_format.payload_bytes,
-        in_node=in_node,
+        in_node=True,
     )

@@ -19,7 +19,7 @@ from exflow.runtime.liveness import Liveness
 from placement.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 DEFAULT_TIMEOUT = 600.0
@@ -63,6 +63,46 @@ class Pending:
         except RuntimeError as error:
             raise _lost(error) from error
         return self.received
+
+
+def needs_splits(device: torch.device) -> bool:
+    """Whether both sides of an exchange must know its sizes; `exchange_parts` is for the others."""
+    return device.type != "cpu"
+
+
+def exchange_parts(
+    sent: Sequence[torch.Tensor], at_most: Sequence[int], rank: int
+) -> list[torch.Tensor]:
+    """Bytes from rank to rank whose receivers do not know how many will come; gloo only.
+
+    Gloo lets a receive be longer than what arrives; with NCCL both must be the same.
+
+    Args:
+        sent: uint8, by destination; what is for this rank is not sent.
+        at_most: bytes that each rank may send.
+        rank: this rank.
+
+    Returns:
+        By source: a tensor of `at_most` bytes that begins with what came; empty for this rank.
+
+    Raises:
+        ContactLostError: another rank has died, or has not answered in time.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    sizes = [0 if source == rank else size for source, size in enumerate(at_most)]
+    received = [sent[rank].new_empty(size) for size in sizes]
+    num_ranks = len(sent)
+    others = [(rank + step) % num_ranks for step in range(1, num_ranks)]
+    try:
+        # The group's own methods: `dist.isend` and `irecv` take three times as long to begin.
+        under_way = [group.recv([received[other]], other, 0) for other in reversed(others)]
+        under_way += [group.send([sent[other]], other, 0) for other in others]
+        for work in under_way:
+            work.wait()
+    except RuntimeError as error:
+        raise _lost(error) from error
+    return received
 
 
 def start_all_to_all(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exflow.runtime.ranks import all_to_all, start_all_to_all
+from exflow.runtime.ranks import all_to_all, exchange_parts, needs_splits, start_all_to_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from exflow.runtime.metrics import PhaseMetrics, RowKind
     from exflow.runtime.ranks import Pending, Ranks
 
+COUNT_BYTES = 4
+
 
 class Wire:
-    """All-to-alls between the ranks.
+    """Messages between the ranks.
 
     Attributes:
         metrics: where rows, bytes and messages are counted; changed from phase to phase.
@@ -94,15 +96,7 @@ class Wire:
         width = rows_NB.shape[1]
         received = rows_NB.new_empty((sum(receive_counts), width))
         all_to_all(received, rows_NB, list(receive_counts), list(send_counts), group=group)
-        metrics = self.metrics
-        kept = send_counts[self.rank - first]
-        row_counts = metrics.rows[kind][layer]
-        row_counts[first : first + len(send_counts)] += send_counts
-        row_counts[self.rank] -= kept
-        remote = sum(send_counts) - kept
-        metrics.messages[kind] += 1
-        metrics.num_bytes["payload"] += remote * payload_bytes
-        metrics.num_bytes["metadata"] += remote * (width - payload_bytes)
+        self._count_rows(kind, layer, send_counts, width, payload_bytes, first=first)
         return received
 
     def share_rows(self, rows_NB: torch.Tensor, *, kind: RowKind, layer: int) -> torch.Tensor:
@@ -117,24 +111,72 @@ class Wire:
         self.metrics.num_bytes["payload"] += (self.num_ranks - 1) * rows_NB.numel()
         return received.view(self.num_ranks, *rows_NB.shape)
 
-    def exchange_counts(self, counts: Sequence[int]) -> list[int]:
-        """As many numbers to each rank, as many from each."""
-        sent = torch.tensor(counts, dtype=torch.int32, device=self.device)
-        received = torch.empty_like(sent)
-        all_to_all(received, sent)
-        width = len(counts) // self.num_ranks
-        self._count("counts", (self.num_ranks - 1) * width * sent.element_size())
-        received_counts: list[int] = received.tolist()
-        return received_counts
+    def send_rows(
+        self,
+        rows_NB: torch.Tensor,
+        send_counts: Sequence[int],
+        numbers: Sequence[Sequence[int]],
+        *,
+        at_most: Sequence[int],
+        layer: int,
+        payload_bytes: int,
+    ) -> tuple[torch.Tensor, list[int], list[list[int]]]:
+        """Dispatch rows to ranks that do not know how many will come, and numbers with them.
 
-    def share_counts(self, counts: Sequence[int]) -> list[list[int]]:
-        """The numbers of every rank, by rank. An all-to-all of copies: gloo's gather is slower."""
-        sent = torch.tensor(counts, dtype=torch.int32, device=self.device).repeat(self.num_ranks)
+        On a CPU it is one message, `| count, numbers: int32 | rows |`. On a GPU, where splits must
+        be known, counts and numbers go before.
+
+        Args:
+            rows_NB: uint8 rows, sorted by destination.
+            send_counts: rows for each rank, this one too.
+            numbers: what each rank is told, as many numbers from any rank to any rank.
+            at_most: rows that each rank may send to another.
+            layer: index among the MoE layers.
+            payload_bytes: bytes of a row that are hidden state; the rest is metadata.
+
+        Returns:
+            The rows of all sources, sorted by source; how many of each; what each says.
+        """
+        told = [[count, *own] for count, own in zip(send_counts, numbers, strict=True)]
+        self.metrics.num_bytes["counts"] += (self.num_ranks - 1) * len(told[0]) * COUNT_BYTES
+        if needs_splits(self.device):
+            heard = self._exchange_counts(told)
+            received = [head[0] for head in heard]
+            rows = rows_NB.new_empty((sum(received), rows_NB.shape[1]))
+            all_to_all(rows, rows_NB, received, list(send_counts))
+        else:
+            rows, heard = self._send_together(rows_NB, told, at_most)
+        self._count_rows("dispatch", layer, send_counts, rows_NB.shape[1], payload_bytes)
+        return rows, [head[0] for head in heard], [head[1:] for head in heard]
+
+    def _send_together(
+        self, rows_NB: torch.Tensor, told: list[list[int]], at_most: Sequence[int]
+    ) -> tuple[torch.Tensor, list[list[int]]]:
+        """Rows and what is told, in one message."""
+        width, head_bytes = rows_NB.shape[1], len(told[0]) * COUNT_BYTES
+        heads_WB = torch.tensor(told, dtype=torch.int32).view(torch.uint8)
+        parts = torch.split(rows_NB, [own[0] for own in told])
+        sent = [
+            torch.cat([head, rows.flatten()]) for head, rows in zip(heads_WB, parts, strict=True)
+        ]
+        sizes = [head_bytes + count * width for count in at_most]
+        received = exchange_parts(sent, sizes, self.rank)
+        received[self.rank] = sent[self.rank]
+        heard = [part[:head_bytes].view(torch.int32).tolist() for part in received]
+        rows = [
+            part[head_bytes : head_bytes + head[0] * width]
+            for part, head in zip(received, heard, strict=True)
+        ]
+        return torch.cat(rows).view(-1, width), heard
+
+    def _exchange_counts(self, told: list[list[int]]) -> list[list[int]]:
+        """As many numbers to each rank, as many from each."""
+        sent = torch.tensor(told, dtype=torch.int32, device=self.device)
         received = torch.empty_like(sent)
         all_to_all(received, sent)
-        self._count("counts", (self.num_ranks - 1) * len(counts) * sent.element_size())
-        shared: list[list[int]] = received.view(self.num_ranks, len(counts)).tolist()
-        return shared
+        self.metrics.messages["counts"] += 1
+        heard: list[list[int]] = received.tolist()
+        return heard
 
     def exchange_bytes(
         self,
@@ -171,6 +213,23 @@ class Wire:
             received, content, receive_sizes, send_sizes, group=self._background
         )
 
-    def _count(self, kind: str, num_bytes: int) -> None:
-        self.metrics.messages[kind] += 1
-        self.metrics.num_bytes[kind] += num_bytes
+    def _count_rows(
+        self,
+        kind: RowKind,
+        layer: int,
+        send_counts: Sequence[int],
+        width: int,
+        payload_bytes: int,
+        *,
+        first: int = 0,
+    ) -> None:
+        """Count a message of rows; `send_counts` are for the ranks from `first` on."""
+        metrics = self.metrics
+        kept = send_counts[self.rank - first]
+        row_counts = metrics.rows[kind][layer]
+        row_counts[first : first + len(send_counts)] += send_counts
+        row_counts[self.rank] -= kept
+        remote = sum(send_counts) - kept
+        metrics.messages[kind] += 1
+        metrics.num_bytes["payload"] += remote * payload_bytes
+        metrics.num_bytes["metadata"] += remote * (width - payload_bytes)

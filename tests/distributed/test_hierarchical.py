@@ -66,7 +66,7 @@ def check_flat(model, result, case, traffic):
     assert traffic.combine.sum() == flat.combine.sum()
     layers = traffic.dispatch.shape[0] * result.decode["steps"]
     messages = result.decode["messages"]
-    assert messages["counts"] == layers
+    assert "counts" not in messages
     assert messages["dispatch"] == messages["combine"] == 2 * layers
     is_shared, spans_nodes = case.options.domain_size != 1, case.options.domain_size == 4
     by_layer = is_shared * model.definition.num_layers if case.options.share_bytes == 1 else 0

@@ -1,10 +1,13 @@
 """Decode on real gloo ranks: plans, protocols and world sizes change traffic, never tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import exflow.runtime.wire
 from decoding import (
     CPU,
     PROMPTS,
@@ -75,18 +78,40 @@ def test_a_domain_of_one_rank_is_home(on_two_ranks):
 
 
 def test_messages_a_step(model, on_two_ranks):
-    """Counts and rows a layer; partial sums where they travel; one exchange at the end."""
+    """Rows a layer; partial sums where they travel; one exchange at the end."""
     home, _, coherent, *_ = on_two_ranks
     layers = len(model.definition.moe_layer_ids)
     for result in (home, coherent):
         steps, messages = result.decode["steps"], result.decode["messages"]
         assert steps > 0
-        assert messages["dispatch"] == messages["counts"] == steps * layers
+        assert messages["dispatch"] == steps * layers
+        assert "counts" not in messages
         assert messages["share"] == steps
     assert home.decode["messages"]["combine"] == home.decode["steps"] * layers
     has_combine = model.definition.top_k > 1
     assert ("combine" in coherent.decode["messages"]) == has_combine
     assert (np.sum(coherent.decode["rows"]["combine"]) > 0) == has_combine
+
+
+def as_with_nccl(model, cases):
+    """Sizes are told in a message of their own."""
+    exflow.runtime.wire.needs_splits = lambda device: True
+    return decode_all(model, cases)
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "hierarchical"])
+def test_where_splits_must_be_known_counts_go_before_rows(model, dispatch):
+    """The same tokens, rows and bytes in one more message a layer."""
+    plan = make_plan(model.definition, 4, "random")
+    cases = [make_case(plan, "home"), make_case(plan, "coherent")]
+    cases = [replace(case, options=replace(case.options, dispatch=dispatch)) for case in cases]
+    announced = run_ranks(4, as_with_nccl, model, cases)[0]
+    for result, together in zip(announced, run_ranks(4, decode_all, model, cases)[0], strict=True):
+        steps, layers = result.decode["steps"], len(model.definition.moe_layer_ids)
+        assert result.tokens == together.tokens == model.tokens
+        assert result.decode["rows"] == together.decode["rows"]
+        assert result.decode["bytes"] == together.decode["bytes"]
+        assert result.decode["messages"] == together.decode["messages"] | {"counts": steps * layers}
 
 
 def test_bytes_are_rows_times_their_width(model, on_two_ranks):
