@@ -56,6 +56,9 @@ def run(
     prefill_chunk: Annotated[
         int, typer.Option(help="Prompt tokens a rank reads between two decode steps.")
     ] = 2048,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="On a GPU, record steps that are alike once and replay them.")
+    ] = True,
     stop: Annotated[
         list[str] | None, typer.Option(help="A string that ends a text; may be repeated.")
     ] = None,
@@ -88,6 +91,7 @@ def run(
         batch_size=batch_size,
         kv_budget=KvBudget() if kv_memory is None else KvBudget.parse(kv_memory),
         prefill_chunk=prefill_chunk,
+        cuda_graphs=cuda_graphs,
     )
     sampling = SamplingParams(
         temperature=temperature,

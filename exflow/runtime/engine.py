@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from exflow.runtime.decoder import Decoder
+    from exflow.runtime.graphs import StepGraphs
     from exflow.runtime.metrics import Phase
     from exflow.runtime.ranks import Ranks
     from exflow.runtime.recorder import DecodeRecorder
@@ -69,6 +70,8 @@ class EngineOptions:
         kv_budget: memory for keys and values on each rank; without limits, what the longest
             `batch_size` requests need.
         prefill_chunk: prompt tokens that a rank reads between two decode steps; None for all.
+        cuda_graphs: on a GPU, steps that are alike are recorded once and replayed, on one rank or
+            where dispatch is replicated.
         share_bytes: keys and values leave for the coherence domain during a step, beside the rows,
             whenever ranks have so many bytes of them on average; the rest at its end. A layer of
             the next step waits for those it needs.
@@ -80,6 +83,7 @@ class EngineOptions:
     batch_size: int = 16
     kv_budget: KvBudget = field(default_factory=KvBudget)
     prefill_chunk: int | None = 2048
+    cuda_graphs: bool = True
     share_bytes: int = MESSAGE_BYTES
 
     def __post_init__(self) -> None:
@@ -214,7 +218,11 @@ class Engine:
             domain_of_rank=domain_of_rank,
             routes=routes,
             share_bytes=options.share_bytes,
+            can_record=options.cuda_graphs
+            and embedding.is_cuda
+            and (ranks.num_ranks == 1 or (dispatch == "replicated" and ranks.uses_nccl())),
         )
+        self._cached: tuple[KvCache, StepGraphs | None] | None = None
 
     @torch.inference_mode()
     def generate(
@@ -247,7 +255,7 @@ class Engine:
             tokenizer=self._tokenizer,
             is_streaming=on_token is not None and self._is_first,
         )
-        cache = self._make_cache(requests, limits)
+        cache, graphs = self._take_cache(requests, limits)
         steps = self._steps
         steps.connect()
         sharing = steps.start_sharing(cache)
@@ -261,8 +269,9 @@ class Engine:
             decoding = scheduler.decoding
             if decoding:
                 self.step = f"decode step {self.metrics['decode'].steps + 1}"
-                yield from self._advance(steps.decode(decoding, cache, sharing), on_token)
+                yield from self._advance(steps.decode(decoding, cache, sharing, graphs), on_token)
         steps.drain("decode", sharing)
+        self._cached = cache, graphs
 
     def _advance(
         self, token_of_slot: dict[int, int], on_token: Callable[[NewToken], None] | None
@@ -295,17 +304,29 @@ class Engine:
             prefill_chunk=self._options.prefill_chunk,
         )
 
-    def _make_cache(self, requests: Sequence[Request], limits: Limits) -> KvCache:
+    def _take_cache(
+        self, requests: Sequence[Request], limits: Limits
+    ) -> tuple[KvCache, StepGraphs | None]:
+        """An empty cache, and the steps recorded on it: the last run's if they are of this shape."""
         pages = [limits.pages(r) for r in requests if limits.refusal(r) is None]
-        return KvCache(
+        shape = {
+            "num_pages": limits.num_pages,
+            "num_slots": limits.batch_size,
+            "pages_per_slot": max(pages, default=1),
+        }
+        last, self._cached = self._cached, None
+        if last is not None and last[0].has_shape(**shape):
+            last[0].clear()
+            return last
+        del last  # before there is memory for another
+        cache = KvCache(
+            **shape,
             num_layers=self._definition.num_layers,
-            num_pages=limits.num_pages,
             width=self._definition.kv_width,
-            num_slots=limits.batch_size,
-            pages_per_slot=max(pages, default=1),
             dtype=self._embedding.dtype,
             device=self._embedding.device,
         )
+        return cache, self._steps.graphs_for(cache)
 
 
 def _make_dispatchers(

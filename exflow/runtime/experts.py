@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # sorting rows by expert and many small products; found on a CPU with AVX-512.
 SMALL_EXPERT = 1 << 13
 FEW_ROWS = 1 << 17
+# Pairs of row and expert, for each expert here, up to which a GPU reads weights for each pair alone.
+PAIRS_A_SLOT = 0.5
 
 
 def run_experts(
@@ -46,15 +48,25 @@ def run_experts(
         return torch.zeros_like(hidden_ND)
     if _is_for_kernel(experts, hidden_ND, slots_NK.shape[1]):
         return run_little(experts, hidden_ND, slots_NK, weights_NK)
+    if hidden_ND.is_cuda and has_kernel(experts) and slots_NK.numel() <= num_slots * PAIRS_A_SLOT:
+        from exflow.runtime.gpu_kernels import run_pairs
+
+        return run_pairs(experts, hidden_ND, slots_NK, weights_NK)
     if experts.joined is not None and num_rows * width * hidden_size <= FEW_ROWS:
         return run_all(experts, experts.joined, hidden_ND, slots_NK, weights_NK)
     return run_chosen(experts, hidden_ND, slots_NK, weights_NK)
 
 
+def has_kernel(experts: ExpertWeights) -> bool:
+    """Whether there are kernels of our own for such experts."""
+    return experts.activation.kind == "silu" and not experts.activation.has_bias
+
+
 def _is_for_kernel(experts: ExpertWeights, hidden_ND: torch.Tensor, top_k: int) -> bool:
     _, size, width = experts.down.shape
-    has_kernel = experts.activation.kind == "silu" and not experts.activation.has_bias
-    return has_kernel and is_little(hidden_ND, 3 * hidden_ND.shape[0] * top_k * size * width)
+    return has_kernel(experts) and is_little(
+        hidden_ND, 3 * hidden_ND.shape[0] * top_k * size * width
+    )
 
 
 def run_little(

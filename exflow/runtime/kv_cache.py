@@ -73,6 +73,16 @@ class KvCache:
         self._pages = self.entries.view(num_layers, num_pages, PAGE_SIZE * width)
         self.page_table = torch.zeros((num_slots, pages_per_slot), dtype=torch.int64, device=device)
 
+    def has_shape(self, *, num_pages: int, num_slots: int, pages_per_slot: int) -> bool:
+        """Whether it is of this size."""
+        is_as_large = self.num_tokens == num_pages * PAGE_SIZE
+        return is_as_large and self.page_table.shape == (num_slots, pages_per_slot)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.entries.zero_()
+        self.page_table.zero_()
+
     def assign(self, slot: int, pages: list[int]) -> None:
         """Give a sequence its pages."""
         self.page_table[slot] = 0

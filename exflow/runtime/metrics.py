@@ -38,6 +38,10 @@ class PhaseMetrics:
         self.tokens = 0
         self._last = 0.0
 
+    def like(self) -> PhaseMetrics:
+        """Nothing counted yet, for as many layers and ranks."""
+        return PhaseMetrics(*next(iter(self.rows.values())).shape)
+
     def start(self, tokens: int) -> None:
         """A forward pass begins."""
         self.steps += 1
@@ -53,6 +57,14 @@ class PhaseMetrics:
         now = time.perf_counter()
         self.seconds[section] += now - self._last
         self._last = now
+
+    def add_counts(self, other: PhaseMetrics) -> None:
+        """Count rows, bytes and messages once more that were counted elsewhere."""
+        for kind in ROW_KINDS:
+            self.rows[kind] += other.rows[kind]
+        for mine, more in ((self.num_bytes, other.num_bytes), (self.messages, other.messages)):
+            for name, count in more.items():
+                mine[name] += count
 
     def to_json(self) -> dict[str, Any]:
         """All counts of this rank as plain values."""

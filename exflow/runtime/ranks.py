@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
+logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT = 600.0
 
 
@@ -178,6 +181,8 @@ class Ranks:
     ) -> Iterator[Liveness]:
         """A process group for the duration: NCCL on GPUs, gloo on CPUs, none for one rank.
 
+        Gloo, too, where ranks share a GPU, which NCCL refuses. That is for trying things out.
+
         A group that exists already is used and left alone.
 
         Args:
@@ -221,7 +226,7 @@ class Ranks:
             store, _, _ = next(rendezvous("env://", timeout=timeout))
             beats = PrefixStore("exflow", store.clone())
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                self._backend(PrefixStore("gpus", store), device),
                 store=PrefixStore("group", store),
                 rank=self.rank,
                 world_size=self.num_ranks,
@@ -231,6 +236,23 @@ class Ranks:
             msg = f"not all {self.num_ranks} ranks came within {timeout}: {error}"
             raise RankFailureError(msg) from error
         return beats
+
+    def _backend(self, store: Store, device: torch.device) -> str:
+        """NCCL if every rank has a GPU of its own; all ranks ask, and come to the same."""
+        if device.type != "cuda":
+            return "gloo"
+        gpu = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
+        store.set(str(self.rank), gpu)
+        gpus = [store.get(str(rank)) for rank in range(self.num_ranks)]
+        if len(set(gpus)) == self.num_ranks:
+            return "nccl"
+        if self.is_first:
+            logger.warning("ranks share a GPU, which NCCL refuses: their messages go by gloo")
+        return "gloo"
+
+    def uses_nccl(self) -> bool:
+        """Whether messages go by NCCL: then they can be part of a CUDA graph."""
+        return bool(dist.is_initialized() and dist.get_backend() == "nccl")
 
     def node_group(self, num_nodes: int) -> dist.ProcessGroup:
         """The ranks of this rank's node, of `num_nodes` alike; every rank must ask."""

@@ -15,6 +15,7 @@ import torch
 from exflow.runtime.attention import DecodeAttention, PrefillAttention, Rotary
 from exflow.runtime.dispatcher import Dispatcher, Tokens
 from exflow.runtime.forward import run_layers
+from exflow.runtime.graphs import CudaRecorder, StepGraphs, StepInputs
 from exflow.runtime.replicated import ReplicatedDispatcher, own_tokens
 from exflow.runtime.sampling import sample
 from exflow.runtime.sharing import Sharing
@@ -49,6 +50,7 @@ class Steps:
         domain_of_rank: coherence domains.
         routes: which ranks get whose keys and values.
         share_bytes: keys and values leave during a step once a rank has so many bytes of them.
+        can_record: whether decode steps may become CUDA graphs.
     """
 
     decoder: Decoder
@@ -61,6 +63,7 @@ class Steps:
     domain_of_rank: Sequence[int]
     routes: Routes
     share_bytes: int
+    can_record: bool = False
 
     def connect(self) -> None:
         """Make all connections to the other ranks; all must ask."""
@@ -94,7 +97,12 @@ class Steps:
         token_ids = [token for chunk in mine for token in chunk.token_ids]
         flights = [chunk.flight for chunk in chunks]
         owned = self._by_home(flights, [len(chunk.token_ids) for chunk in chunks])
-        tokens = self._run("prefill", token_ids, attention.slots, owned, attention, sharing)
+        metrics = self.metrics["prefill"]
+        metrics.start(owned[self.rank])
+        token_ids_T = self._tensor(token_ids)
+        tokens = self._run(
+            "prefill", token_ids_T, attention.slots, owned, attention, sharing, metrics
+        )
         ends = np.cumsum(lengths, dtype=np.int64) - 1
         ends_T = self._tensor(ends[[chunk.is_last for chunk in mine]])
         done = [chunk.flight for chunk in chunks if chunk.is_last]
@@ -103,12 +111,17 @@ class Steps:
             slots=tokens.slots[ends_T],
             owned=self._by_home(done, [1] * len(done)),
         )
-        token_of_slot = self._finish("prefill", last, done, sharing)
+        logits_TV = self.decoder.logits(last.hidden)
+        token_of_slot = self._finish("prefill", last, logits_TV, done, sharing)
         self.drain("prefill", sharing)
         return token_of_slot
 
     def decode(
-        self, running: Sequence[Flight], cache: KvCache, sharing: Sharing | None
+        self,
+        running: Sequence[Flight],
+        cache: KvCache,
+        sharing: Sharing | None,
+        graphs: StepGraphs | None = None,
     ) -> dict[int, int]:
         """One more token of every request in flight, by slot."""
         positions_S = np.zeros(len(cache.page_table), dtype=np.int64)
@@ -116,28 +129,70 @@ class Steps:
         for flight in running:
             positions_S[flight.slot] = flight.position
             requests_S[flight.slot] = flight.request.index
-        attention = DecodeAttention(
-            self.decoder.definition,
-            cache,
-            self.rotary,
-            positions_S=self._tensor(positions_S),
-            longest=int(positions_S.max()),
-        )
-        is_replicated = isinstance(self.dispatchers["decode"], ReplicatedDispatcher)
-        if is_replicated:
+        if self.is_replicated:
             mine = sorted(running, key=lambda flight: flight.home)
         else:
             mine = [flight for flight in running if flight.home == self.rank]
         token_ids = [flight.token_ids[-1] for flight in mine]
-        slots_T = self._tensor([flight.slot for flight in mine])
+        slots = [flight.slot for flight in mine]
         owned = self._by_home(running, [1] * len(running))
-        sharing_now = None if is_replicated else sharing
-        tokens = self._run("decode", token_ids, slots_T, owned, attention, sharing_now)
-        if is_replicated:
-            tokens = own_tokens(tokens, self.rank)
+        metrics = self.metrics["decode"]
+        metrics.start(owned[self.rank])
+        if graphs is not None:
+            tokens, logits_TV = graphs.run(token_ids, slots, positions_S, owned, metrics)
+            metrics.lap("layers")
+        else:
+            inputs = StepInputs(
+                token_ids=self._tensor(token_ids),
+                slots=self._tensor(slots),
+                positions=self._tensor(positions_S),
+                longest=int(positions_S.max()),
+                owned=owned,
+            )
+            tokens, logits_TV = self.step(inputs, cache, sharing, metrics)
         if self.recorder is not None:
             self.recorder.end_step(requests_S, positions_S)
-        return self._finish("decode", tokens, running, sharing)
+        return self._finish("decode", tokens, logits_TV, running, sharing)
+
+    def step(
+        self, inputs: StepInputs, cache: KvCache, sharing: Sharing | None, metrics: PhaseMetrics
+    ) -> tuple[Tokens, torch.Tensor]:
+        """Where tokens end, and their logits."""
+        attention = DecodeAttention(
+            self.decoder.definition,
+            cache,
+            self.rotary,
+            positions_S=inputs.positions,
+            longest=inputs.longest,
+        )
+        tokens = self._run(
+            "decode",
+            inputs.token_ids,
+            inputs.slots,
+            inputs.owned,
+            attention,
+            None if self.is_replicated else sharing,
+            metrics,
+        )
+        if self.is_replicated:
+            tokens = own_tokens(tokens, self.rank)
+        return tokens, self.decoder.logits(tokens.hidden)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank takes all tokens through a decode step."""
+        return isinstance(self.dispatchers["decode"], ReplicatedDispatcher)
+
+    def graphs_for(self, cache: KvCache) -> StepGraphs | None:
+        """Where decode steps on a cache are recorded, if they can be."""
+        if not self.can_record or self.recorder is not None:
+            return None
+        return StepGraphs(
+            cache,
+            lambda inputs, metrics: self.step(inputs, cache, None, metrics),
+            CudaRecorder(),
+            self.metrics["decode"].like,
+        )
 
     def drain(self, phase: Phase, sharing: Sharing | None) -> None:
         """Wait, on behalf of a phase, for all that is shared; every rank must ask."""
@@ -150,20 +205,19 @@ class Steps:
     def _run(
         self,
         phase: Phase,
-        token_ids: list[int],
+        token_ids_T: torch.Tensor,
         slots_T: torch.Tensor,
         owned: tuple[int, ...],
         attention: Attention,
         sharing: Sharing | None,
+        metrics: PhaseMetrics,
     ) -> Tokens:
-        metrics = self.metrics[phase]
-        metrics.start(owned[self.rank])
+        """Tokens through all layers."""
         if self.wire is not None:
             self.wire.metrics = metrics
-        hidden_TD = self.decoder.embed(self._tensor(token_ids))
         return run_layers(
             self.decoder,
-            Tokens(hidden=hidden_TD, slots=slots_T, owned=owned),
+            Tokens(hidden=self.decoder.embed(token_ids_T), slots=slots_T, owned=owned),
             attention,
             self.dispatchers[phase],
             metrics=metrics,
@@ -175,15 +229,18 @@ class Steps:
         self,
         phase: Phase,
         tokens: Tokens,
+        logits_TV: torch.Tensor,
         flights: Sequence[Flight],
         sharing: Sharing | None,
     ) -> dict[int, int]:
         """Sample where the tokens stand and share what is new."""
         metrics = self.metrics[phase]
+        if self.wire is not None:
+            self.wire.metrics = metrics
         flight_of_slot = {flight.slot: flight for flight in flights}
         here = [flight_of_slot[slot] for slot in tokens.slots.tolist()]
         token_ids_T = sample(
-            self.decoder.logits(tokens.hidden),
+            logits_TV,
             [flight.request.params for flight in here],
             request_indices=np.array([flight.request.index for flight in here], dtype=np.int64),
             positions=np.array([flight.position + 1 for flight in here], dtype=np.int64),

@@ -1,0 +1,157 @@
+# Triton reads arguments without annotations.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+# ruff: noqa: ANN001, ANN202
+"""Experts of few rows on a GPU: each pair of row and expert reads the expert's weights once.
+
+A grouped product sorts pairs by expert first and is made for many rows of each. With one row of each
+what counts is that weights stream in and that little is launched: three kernels do it all here.
+
+Shape suffixes: T rows, K choices, P (row, choice) pairs, D hidden size, F width of an expert, C parts
+of the width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from exflow.runtime.expert_weights import ExpertWeights
+
+PARTS = 8  # of the second product's sums, each a program of its own: few rows make few programs
+
+
+def run_pairs(
+    experts: ExpertWeights,
+    hidden_TD: torch.Tensor,
+    slots_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+) -> torch.Tensor:
+    """The weighted sum of what experts with a SiLU gate make of each row.
+
+    Args:
+        experts: the rank's experts at this layer.
+        hidden_TD: normed rows.
+        slots_TK: the rank's slot of each choice, -1 where another rank runs it.
+        weights_TK: gate weights, float32.
+    """
+    num_rows, top_k = slots_TK.shape
+    _, width, hidden_size = experts.down.shape
+    num_pairs, slots_TK = num_rows * top_k, slots_TK.contiguous()
+    inner_PF = hidden_TD.new_empty((num_pairs, width))
+    parts_TCD = hidden_TD.new_empty((num_rows, top_k * PARTS, hidden_size), dtype=torch.float32)
+    _multiply_gate_and_up[lambda tile: (num_pairs, triton.cdiv(width, tile["TILE_F"]))](
+        hidden_TD.contiguous(),
+        experts.gate_up,
+        slots_TK,
+        inner_PF,
+        *experts.gate_up.stride(),
+        top_k,
+        hidden_size,
+        width,
+    )
+    _multiply_down[lambda tile: (num_pairs, triton.cdiv(hidden_size, tile["TILE_D"]), PARTS)](
+        inner_PF,
+        experts.down,
+        slots_TK,
+        weights_TK.contiguous(),
+        parts_TCD,
+        hidden_size,
+        width,
+        triton.cdiv(width, PARTS),
+    )
+    return parts_TCD.sum(dim=1).to(hidden_TD.dtype)
+
+
+def _tiles(*sizes: tuple[int, int]) -> list[triton.Config]:
+    """What to try: tiles of the width and of the hidden size, and warps that share one."""
+    return [
+        triton.Config({"TILE_F": of_width, "TILE_D": of_hidden}, num_warps=warps)
+        for of_width, of_hidden in sizes
+        for warps in (4, 8)
+    ]
+
+
+@triton.autotune(
+    configs=_tiles((8, 256), (8, 512), (16, 128), (16, 256), (32, 128)),
+    key=["hidden_size", "width"],
+)
+@triton.jit
+def _multiply_gate_and_up(
+    rows,
+    gate_up,
+    slots,
+    inner,
+    slot_stride,
+    in_stride,
+    out_stride,
+    top_k: tl.constexpr,
+    hidden_size: tl.constexpr,
+    width: tl.constexpr,
+    TILE_F: tl.constexpr,
+    TILE_D: tl.constexpr,
+):
+    """A tile of a pair's gate and up, and the activation between."""
+    pair = tl.program_id(0)
+    slot = tl.load(slots + pair)
+    if slot >= 0:
+        column = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
+        gate = tl.zeros((TILE_F, TILE_D), tl.float32)
+        up = tl.zeros((TILE_F, TILE_D), tl.float32)
+        row = rows + (pair // top_k).to(tl.int64) * hidden_size
+        gates = gate_up + slot.to(tl.int64) * slot_stride + column[:, None] * out_stride
+        ups = gates + width * out_stride
+        for start in range(0, hidden_size, TILE_D):
+            place = start + tl.arange(0, TILE_D)
+            is_inside = (column < width)[:, None] & (place < hidden_size)[None, :]
+            element = tl.load(row + place, mask=place < hidden_size, other=0.0).to(tl.float32)
+            offset = place[None, :] * in_stride
+            gate += tl.load(gates + offset, mask=is_inside, other=0.0) * element[None, :]
+            up += tl.load(ups + offset, mask=is_inside, other=0.0) * element[None, :]
+        gate_sum, up_sum = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+        found = gate_sum * tl.sigmoid(gate_sum) * up_sum
+        target = inner + pair.to(tl.int64) * width + column
+        tl.store(target, found.to(inner.dtype.element_ty), mask=column < width)
+
+
+@triton.autotune(
+    configs=_tiles((16, 128), (16, 256), (32, 64), (32, 128), (64, 64)),
+    key=["hidden_size", "width"],
+)
+@triton.jit
+def _multiply_down(
+    inner,
+    down,
+    slots,
+    weights,
+    parts,
+    hidden_size: tl.constexpr,
+    width: tl.constexpr,
+    part_width: tl.constexpr,
+    TILE_F: tl.constexpr,
+    TILE_D: tl.constexpr,
+):
+    """A tile of what a pair adds to its row, over a part of the width, times the gate weight."""
+    pair, part = tl.program_id(0), tl.program_id(2)
+    slot = tl.load(slots + pair)
+    column = tl.program_id(1) * TILE_D + tl.arange(0, TILE_D)
+    total = tl.zeros((TILE_F, TILE_D), tl.float32)
+    weight = 0.0
+    if slot >= 0:
+        weight = tl.load(weights + pair)
+        row = inner + pair.to(tl.int64) * width
+        matrix = down + slot.to(tl.int64) * hidden_size * width + column[None, :]
+        first = part * part_width
+        end = tl.minimum(first + part_width, width)
+        for start in range(0, part_width, TILE_F):
+            place = first + start + tl.arange(0, TILE_F)
+            is_inside = (place < end)[:, None] & (column < hidden_size)[None, :]
+            element = tl.load(row + place, mask=place < end, other=0.0).to(tl.float32)
+            offset = place[:, None] * hidden_size
+            total += tl.load(matrix + offset, mask=is_inside, other=0.0) * element[:, None]
+    found = tl.sum(total, axis=0) * weight
+    target = parts + (pair.to(tl.int64) * tl.num_programs(2) + part) * hidden_size + column
+    tl.store(target, found, mask=column < hidden_size)
