@@ -269,7 +269,8 @@ def test_the_main_job_on_a_gpu(tmp_path):
     folder = tmp_path / "tiny"
     qwen3_moe(folder, vocab_size=256, num_hidden_layers=2)
     save_byte_tokenizer(folder)
-    lines = [json.dumps({"text": f"Number {number} of some texts. " * 9}) for number in range(40)]
+    texts = [f"Number {number} of some texts. " * 9 for number in range(40)]
+    lines = [json.dumps({"text": text, "meta": {"pile_set_name": "Books3"}}) for text in texts]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Number {n}"}) + "\n" for n in range(5)))
