@@ -146,8 +146,8 @@ def decode(model, case, prompts=PROMPTS):
 class keeping_logits:  # noqa: N801
     """Logits by (request, position), of what this rank samples."""
 
-    def __init__(self, logits):
-        self.logits = logits
+    def __init__(self, logits, dtype=None):
+        self.logits, self.dtype = logits, dtype
         self.sample = exflow.runtime.steps.sample
 
     def __enter__(self):
@@ -158,7 +158,8 @@ class keeping_logits:  # noqa: N801
 
     def sample_and_keep(self, logits, params, *, request_indices, positions):
         keys = zip(request_indices.tolist(), positions.tolist(), strict=True)
-        self.logits.update({key: logits[row].cpu().numpy().copy() for row, key in enumerate(keys)})
+        kept = logits.to("cpu", self.dtype, copy=True).numpy()
+        self.logits.update({key: kept[row] for row, key in enumerate(keys)})
         return self.sample(logits, params, request_indices=request_indices, positions=positions)
 
 

@@ -21,7 +21,9 @@ import triton.language as tl
 if TYPE_CHECKING:
     from exflow.runtime.expert_weights import ExpertWeights
 
-PARTS = 8  # of the second product's sums, each a program of its own: few rows make few programs
+# The second product's sums are split until there are so many tiles of 64 columns, or so many parts.
+ENOUGH_TILES = 1024
+MAX_PARTS = 8
 
 
 def run_pairs(
@@ -41,8 +43,9 @@ def run_pairs(
     num_rows, top_k = slots_TK.shape
     _, width, hidden_size = experts.down.shape
     num_pairs, slots_TK = num_rows * top_k, slots_TK.contiguous()
+    num_parts = min(max(1, ENOUGH_TILES // (num_pairs * triton.cdiv(hidden_size, 64))), MAX_PARTS)
     inner_PF = hidden_TD.new_empty((num_pairs, width))
-    parts_TCD = hidden_TD.new_empty((num_rows, top_k * PARTS, hidden_size), dtype=torch.float32)
+    parts_TCD = hidden_TD.new_empty((num_rows, top_k * num_parts, hidden_size), dtype=torch.float32)
     _multiply_gate_and_up[lambda tile: (num_pairs, triton.cdiv(width, tile["TILE_F"]))](
         hidden_TD.contiguous(),
         experts.gate_up,
@@ -53,7 +56,7 @@ def run_pairs(
         hidden_size,
         width,
     )
-    _multiply_down[lambda tile: (num_pairs, triton.cdiv(hidden_size, tile["TILE_D"]), PARTS)](
+    _multiply_down[lambda tile: (num_pairs, triton.cdiv(hidden_size, tile["TILE_D"]), num_parts)](
         inner_PF,
         experts.down,
         slots_TK,
@@ -61,7 +64,7 @@ def run_pairs(
         parts_TCD,
         hidden_size,
         width,
-        triton.cdiv(width, PARTS),
+        triton.cdiv(width, num_parts),
     )
     return parts_TCD.sum(dim=1).to(hidden_TD.dtype)
 
@@ -76,7 +79,7 @@ def _tiles(*sizes: tuple[int, int]) -> list[triton.Config]:
 
 
 @triton.autotune(
-    configs=_tiles((8, 256), (8, 512), (16, 128), (16, 256), (32, 128)),
+    configs=_tiles((8, 128), (8, 256), (16, 128), (16, 256), (32, 128)),
     key=["hidden_size", "width"],
 )
 @triton.jit
@@ -118,7 +121,7 @@ def _multiply_gate_and_up(
 
 
 @triton.autotune(
-    configs=_tiles((16, 128), (16, 256), (32, 64), (32, 128), (64, 64)),
+    configs=_tiles((16, 64), (16, 128), (32, 64), (32, 128), (64, 64)),
     key=["hidden_size", "width"],
 )
 @triton.jit

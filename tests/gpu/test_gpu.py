@@ -18,7 +18,15 @@ import torch.distributed as dist
 
 import exflow.runtime.graphs
 import gpt_moe
-from decoding import check_logits, check_traffic, decode_all, make_case, make_plan, save_model
+from decoding import (
+    check_logits,
+    check_traffic,
+    decode_all,
+    keeping_logits,
+    make_case,
+    make_plan,
+    save_model,
+)
 from exflow.models.checkpoint import Checkpoint
 from exflow.runtime.decoder import Decoder
 from exflow.runtime.dispatcher import CoherentDispatcher, HomeDispatcher, LocalDispatcher, Tokens
@@ -78,8 +86,11 @@ def test_every_family_gives_the_tokens_and_logits_of_transformers(model):
     check_logits(result.logits, model, error=1e-4)
 
 
+LENGTHS = [5, 17, 1, 30, 8, 3, 9, 60, 2, 4]
+
+
 def generate(model, dtype=torch.bfloat16):
-    """Requests of mixed length that join and leave, and how many steps were recorded."""
+    """Requests of mixed length that join and leave: tokens, logits, and steps recorded."""
     plan = make_plan(model.definition, 1, "linear")
     weights = load_weights(
         Checkpoint(model.folder),
@@ -93,18 +104,32 @@ def generate(model, dtype=torch.bfloat16):
     )
     requests = [
         Request(index=i, id=i, prompt="", token_ids=tuple(prompt))
-        for i, prompt in enumerate(make_prompts([5, 17, 1, 30, 8, 3, 9, 60, 2, 4]))
+        for i, prompt in enumerate(make_prompts(LENGTHS))
     ]
     params = SamplingParams(max_tokens=40, ignore_eos=True)
-    tokens = {c.request.index: c.token_ids for c in engine.generate(requests, params)}
-    return tokens, engine._cached[1].num_recorded
+    logits: dict = {}
+    with keeping_logits(logits, torch.float32):
+        tokens = {c.request.index: c.token_ids for c in engine.generate(requests, params)}
+    return tokens, logits, engine._cached[1].num_recorded
 
 
 def test_recorded_steps_are_the_steps(model, monkeypatch):
-    tokens, num_recorded = generate(model)
+    """As far as their tokens are the same: in bfloat16 some are nearly as likely as others."""
+    tokens, logits, num_recorded = generate(model)
     assert num_recorded > 1
     monkeypatch.setattr(exflow.runtime.graphs, "TIMES_EAGER", 1 << 30)
-    assert generate(model) == (tokens, 0)
+    expected_tokens, expected, num_recorded = generate(model)
+    assert num_recorded == 0
+    compared = 0
+    for index, length in enumerate(LENGTHS):
+        for step in range(40):
+            ours, theirs = logits[index, length + step], expected[index, length + step]
+            where = f"request {index}, token {step}"
+            assert abs(ours - theirs).max() <= 0.03 * abs(theirs).max(), where
+            compared += 1
+            if tokens[index][step] != expected_tokens[index][step]:
+                break
+    assert compared > 200
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -112,9 +137,12 @@ def test_recorded_steps_are_the_steps(model, monkeypatch):
     ("slots", "hidden", "width", "rows", "top_k"),
     [(8, 4096, 14336, 1, 2), (128, 2048, 768, 4, 8), (5, 48, 40, 3, 2), (3, 104, 136, 1, 3)],
 )
-def test_few_rows_have_a_kernel(dtype, slots, hidden, width, rows, top_k):
-    from exflow.runtime.gpu_kernels import run_pairs
+def test_few_rows_have_a_kernel(dtype, slots, hidden, width, rows, top_k, monkeypatch):
+    from exflow.runtime import gpu_kernels
 
+    for kernel in (gpu_kernels._multiply_gate_and_up, gpu_kernels._multiply_down):
+        monkeypatch.setattr(kernel, "configs", kernel.configs[:1])  # nothing to be tried
+    run_pairs = gpu_kernels.run_pairs
     torch.manual_seed(0)
     gate_up = torch.randn(slots, 2 * width, hidden, device=GPU, dtype=dtype) / hidden**0.5
     down = torch.randn(slots, width, hidden, device=GPU, dtype=dtype) / width**0.5
