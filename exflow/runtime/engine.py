@@ -218,6 +218,9 @@ class Engine:
             domain_of_rank=domain_of_rank,
             routes=routes,
             share_bytes=options.share_bytes,
+            owners_move=options.protocol == "coherent"
+            and dispatch != "replicated"
+            and ranks.num_ranks > 1,
             can_record=options.cuda_graphs
             and embedding.is_cuda
             and (ranks.num_ranks == 1 or (dispatch == "replicated" and ranks.uses_nccl())),

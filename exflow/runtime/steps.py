@@ -50,6 +50,7 @@ class Steps:
         domain_of_rank: coherence domains.
         routes: which ranks get whose keys and values.
         share_bytes: keys and values leave during a step once a rank has so many bytes of them.
+        owners_move: whether tokens may end a decode step on other ranks.
         can_record: whether decode steps may become CUDA graphs.
     """
 
@@ -63,7 +64,8 @@ class Steps:
     domain_of_rank: Sequence[int]
     routes: Routes
     share_bytes: int
-    can_record: bool = False
+    owners_move: bool
+    can_record: bool
 
     def connect(self) -> None:
         """Make all connections to the other ranks; all must ask."""
@@ -112,7 +114,8 @@ class Steps:
             owned=self._by_home(done, [1] * len(done)),
         )
         logits_TV = self.decoder.logits(last.hidden)
-        token_of_slot = self._finish("prefill", last, logits_TV, done, sharing)
+        here = [flight for flight in done if flight.home == self.rank]
+        token_of_slot = self._finish("prefill", last, logits_TV, here, sharing)
         self.drain("prefill", sharing)
         return token_of_slot
 
@@ -152,7 +155,11 @@ class Steps:
             tokens, logits_TV = self.step(inputs, cache, sharing, metrics)
         if self.recorder is not None:
             self.recorder.end_step(requests_S, positions_S)
-        return self._finish("decode", tokens, logits_TV, running, sharing)
+        here = [flight for flight in mine if flight.home == self.rank]
+        if self.owners_move:
+            flight_of_slot = {flight.slot: flight for flight in running}
+            here = [flight_of_slot[slot] for slot in tokens.slots.tolist()]
+        return self._finish("decode", tokens, logits_TV, here, sharing)
 
     def step(
         self, inputs: StepInputs, cache: KvCache, sharing: Sharing | None, metrics: PhaseMetrics
@@ -230,15 +237,13 @@ class Steps:
         phase: Phase,
         tokens: Tokens,
         logits_TV: torch.Tensor,
-        flights: Sequence[Flight],
+        here: Sequence[Flight],
         sharing: Sharing | None,
     ) -> dict[int, int]:
-        """Sample where the tokens stand and share what is new."""
+        """Sample where the tokens stand, whose requests are `here`, and share what is new."""
         metrics = self.metrics[phase]
         if self.wire is not None:
             self.wire.metrics = metrics
-        flight_of_slot = {flight.slot: flight for flight in flights}
-        here = [flight_of_slot[slot] for slot in tokens.slots.tolist()]
         token_ids_T = sample(
             logits_TV,
             [flight.request.params for flight in here],
@@ -247,7 +252,8 @@ class Steps:
         )
         metrics.lap("sampling")
         if sharing is None:
-            return dict(zip(tokens.slots.tolist(), token_ids_T.tolist(), strict=True))
+            slots = [flight.slot for flight in here]
+            return dict(zip(slots, token_ids_T.tolist(), strict=True))
         token_of_slot = sharing.finish(
             slots_T=tokens.slots, token_ids_T=token_ids_T, owned=tokens.owned
         )

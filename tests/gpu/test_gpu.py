@@ -275,7 +275,7 @@ def test_dispatch_by_nccl(tmp_path):
         assert torch.equal(hidden, expected), name
 
 
-def exflow(*arguments, ranks=1):
+def run_exflow(*arguments, ranks=1):
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -303,13 +303,15 @@ def test_the_main_job_on_a_gpu(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Number {n}"}) + "\n" for n in range(5)))
     trace, plan = tmp_path / "trace.safetensors", tmp_path / "plan.json"
-    exflow("profile", folder, tmp_path / "texts.jsonl", "-o", trace, "--device", "cuda")
-    exflow("place", trace, "-o", plan, "--nodes", 1, "--ranks-per-node", 2)
+    run_exflow("profile", folder, tmp_path / "texts.jsonl", "-o", trace, "--device", "cuda")
+    run_exflow("place", trace, "-o", plan, "--nodes", 1, "--ranks-per-node", 2)
     run = ["run", folder, "--prompts", prompts, "--max-new-tokens", 9, "--dtype", "float32"]
-    exflow(*run, "-o", tmp_path / "cpu.jsonl", "--device", "cpu")
-    exflow(*run, "-o", tmp_path / "gpu.jsonl", "--device", "cuda")
+    run_exflow(*run, "-o", tmp_path / "cpu.jsonl", "--device", "cpu")
+    run_exflow(*run, "-o", tmp_path / "gpu.jsonl", "--device", "cuda")
     metrics = tmp_path / "metrics.json"
-    said = exflow(*run, "-o", tmp_path / "two.jsonl", "--plan", plan, "--metrics", metrics, ranks=2)
+    said = run_exflow(
+        *run, "-o", tmp_path / "two.jsonl", "--plan", plan, "--metrics", metrics, ranks=2
+    )
     if torch.cuda.device_count() == 1:
         assert "share a GPU" in said
     expected, *others = (
