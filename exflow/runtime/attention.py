@@ -133,18 +133,18 @@ class DecodeAttention:
 
     def positions(self, slots_T: torch.Tensor) -> torch.Tensor:
         """(T,) the tokens' positions."""
-        return self._positions_S[slots_T]
+        return self._positions_S.index_select(0, slots_T)
 
     def rotation(self, slots_T: torch.Tensor) -> torch.Tensor | None:
         """(T, 2, E) cosines and signed sines."""
         if slots_T is not self._slots:
             self._slots = slots_T
             turns = self._rotation_S2E
-            self._rotation_T2E = None if turns is None else turns[slots_T]
-            self._addresses_T = self._addresses_S[slots_T]
+            self._rotation_T2E = None if turns is None else turns.index_select(0, slots_T)
+            self._addresses_T = self._addresses_S.index_select(0, slots_T)
             self._addresses_LT = self._layer_starts + self._addresses_T
-            self._pages_TP = self._pages_SP[slots_T]
-            self._positions_T = self._positions_S[slots_T]
+            self._pages_TP = self._pages_SP.index_select(0, slots_T)
+            self._positions_T = self._positions_S.index_select(0, slots_T)
             self._masks_T11C: dict[int | None, torch.Tensor] = {}
         return self._rotation_T2E
 
@@ -183,7 +183,10 @@ class DecodeAttention:
             context = torch.arange(self._pages_SP.shape[1] * PAGE_SIZE, device=positions_S.device)
             self._masks_SC[window] = added(seen(positions_S, context, window), self._dtype)
         if window not in self._masks_T11C:
-            self._masks_T11C[window] = self._masks_SC[window][self._slots][:, None, None]
+            assert self._slots is not None
+            self._masks_T11C[window] = self._masks_SC[window].index_select(0, self._slots)[
+                :, None, None
+            ]
         return self._masks_T11C[window]
 
     def _attend_in_place(

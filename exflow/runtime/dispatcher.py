@@ -139,7 +139,7 @@ class HomeDispatcher:
         runs_TW = ranks_that_run(choices_TK // tables.num_experts, tables.num_ranks)
         token_M, send_counts = order_by_rank(runs_TW)
         rows_NB, receive_counts, _ = self.wire.send_rows(
-            row_format.pack(tokens.hidden, choices_TK, weights_TK)[token_M],
+            row_format.pack(tokens.hidden, choices_TK, weights_TK).index_select(0, token_M),
             send_counts,
             [[]] * tables.num_ranks,
             at_most=tokens.owned,
@@ -213,7 +213,9 @@ class CoherentDispatcher:
         token_M, send_counts = order_by_rank(wanted_TW)
         moves = torch.bincount(next_T, minlength=tables.num_ranks).tolist()
         rows_NB, _, moves_WW = self.wire.send_rows(
-            row_format.pack(tokens.hidden, choices_TK, weights_TK, tokens.slots, next_T)[token_M],
+            row_format.pack(
+                tokens.hidden, choices_TK, weights_TK, tokens.slots, next_T
+            ).index_select(0, token_M),
             send_counts,
             [moves] * tables.num_ranks,
             at_most=tokens.owned,
@@ -236,7 +238,9 @@ class CoherentDispatcher:
         """Of the rows that came, those whose tokens stay here."""
         if not self.has_combine:
             return record.hidden_ND
-        return record.hidden_ND[record.next_owner_N == self.tables.rank]
+        return record.hidden_ND.index_select(
+            0, (record.next_owner_N == self.tables.rank).nonzero()[:, 0]
+        )
 
     def combine(self, partial_ND: torch.Tensor, record: CoherentRecord) -> Tokens:
         """Partial sums go to the next owners, who got the residual with the row.
@@ -251,13 +255,17 @@ class CoherentDispatcher:
         mine_T = (record.next_owner_N == tables.rank).nonzero()[:, 0]
         goes_NW = ranks_that_run(record.next_owner_N[:, None], tables.num_ranks)
         sent_M, send_counts = order_by_rank(goes_NW & runs_NW[:, tables.rank, None])
-        token_M, receive_counts = order_by_rank(runs_NW[mine_T])
+        token_M, receive_counts = order_by_rank(runs_NW.index_select(0, mine_T))
         returned_MD = exchange_partials(
-            self.wire, partial_ND[sent_M], send_counts, receive_counts, record.layer
+            self.wire, partial_ND.index_select(0, sent_M), send_counts, receive_counts, record.layer
         )
-        hidden_TD = record.hidden_ND[mine_T]
+        hidden_TD = record.hidden_ND.index_select(0, mine_T)
         total_TD = torch.zeros_like(hidden_TD).index_add_(0, token_M, returned_MD)
-        return Tokens(hidden=hidden_TD + total_TD, slots=record.slots_N[mine_T], owned=record.owned)
+        return Tokens(
+            hidden=hidden_TD + total_TD,
+            slots=record.slots_N.index_select(0, mine_T),
+            owned=record.owned,
+        )
 
 
 def rows_of(

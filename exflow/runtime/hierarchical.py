@@ -76,7 +76,7 @@ class HierarchicalHomeDispatcher:
         hops = find_hops(runs_TW, tables, wire.ranks_per_node)
         token_M, send_counts = order_by_rank(hops.direct_TW)
         crossed_NB, receive_counts, fans_WJ = wire.send_rows(
-            row_format.pack(tokens.hidden, choices_TK, weights_TK)[token_M],
+            row_format.pack(tokens.hidden, choices_TK, weights_TK).index_select(0, token_M),
             send_counts,
             hops.fans_WJ.tolist(),
             at_most=tokens.owned,
@@ -85,7 +85,9 @@ class HierarchicalHomeDispatcher:
         )
         fan_counts = [sum(fans) for fans in zip(*fans_WJ, strict=True)]
         fanned_M, fan_send = fan_out(crossed_NB, receive_counts, tables, row_format, wire)
-        fanned_NB = _fan(wire, row_format, crossed_NB[fanned_M], fan_send, fan_counts, layer)
+        fanned_NB = _fan(
+            wire, row_format, crossed_NB.index_select(0, fanned_M), fan_send, fan_counts, layer
+        )
         record = HomeHopsRecord(
             layer=layer,
             tokens=tokens,
@@ -147,7 +149,9 @@ class HierarchicalCoherentDispatcher:
         token_M, send_counts = order_by_rank(hops.direct_TW)
         moves = torch.bincount(next_T, minlength=tables.num_ranks).tolist()
         crossed_NB, receive_counts, heard = wire.send_rows(
-            row_format.pack(tokens.hidden, choices_TK, weights_TK, tokens.slots, next_T)[token_M],
+            row_format.pack(
+                tokens.hidden, choices_TK, weights_TK, tokens.slots, next_T
+            ).index_select(0, token_M),
             send_counts,
             [moves + fans for fans in hops.fans_WJ.tolist()],
             at_most=tokens.owned,
@@ -157,9 +161,11 @@ class HierarchicalCoherentDispatcher:
         totals = [sum(numbers) for numbers in zip(*heard, strict=True)]
         owned, fan_counts = totals[: tables.num_ranks], totals[tables.num_ranks :]
         fanned_M, fan_send = fan_out(crossed_NB, receive_counts, tables, row_format, wire)
-        fanned_NB = _fan(wire, row_format, crossed_NB[fanned_M], fan_send, fan_counts, layer)
+        fanned_NB = _fan(
+            wire, row_format, crossed_NB.index_select(0, fanned_M), fan_send, fan_counts, layer
+        )
         rows_NB = torch.cat([crossed_NB, fanned_NB])
-        rows_NB = rows_NB[row_format.slots(rows_NB).argsort()]
+        rows_NB = rows_NB.index_select(0, row_format.slots(rows_NB).argsort())
         rows = rows_of(row_format, tables, layer, rows_NB)
         record = CoherentRecord(
             layer=layer,
@@ -173,7 +179,9 @@ class HierarchicalCoherentDispatcher:
 
     def residual(self, record: CoherentRecord) -> torch.Tensor:
         """Of the rows that came, those whose tokens stay here."""
-        return record.hidden_ND[record.next_owner_N == self.tables.rank]
+        return record.hidden_ND.index_select(
+            0, (record.next_owner_N == self.tables.rank).nonzero()[:, 0]
+        )
 
     def combine(self, partial_ND: torch.Tensor, record: CoherentRecord) -> Tokens:
         """Partial sums are added on their node by one rank, then go to the next owners."""
@@ -186,13 +194,19 @@ class HierarchicalCoherentDispatcher:
         sent_M, send_counts = order_by_rank(goes_NW & (runs_NW[:, rank] & is_last_N)[:, None])
         mine_T = (next_N == rank).nonzero()[:, 0]
         ranks_W = torch.arange(tables.num_ranks, device=next_N.device)
-        token_M, receive_counts = order_by_rank(runs_NW[mine_T] & (via_NW[mine_T] == ranks_W))
-        returned_MD = exchange_partials(
-            self.wire, sums_ND[sent_M], send_counts, receive_counts, record.layer
+        token_M, receive_counts = order_by_rank(
+            runs_NW.index_select(0, mine_T) & (via_NW.index_select(0, mine_T) == ranks_W)
         )
-        hidden_TD = record.hidden_ND[mine_T]
+        returned_MD = exchange_partials(
+            self.wire, sums_ND.index_select(0, sent_M), send_counts, receive_counts, record.layer
+        )
+        hidden_TD = record.hidden_ND.index_select(0, mine_T)
         total_TD = torch.zeros_like(hidden_TD).index_add_(0, token_M, returned_MD)
-        return Tokens(hidden=hidden_TD + total_TD, slots=record.slots_N[mine_T], owned=record.owned)
+        return Tokens(
+            hidden=hidden_TD + total_TD,
+            slots=record.slots_N.index_select(0, mine_T),
+            owned=record.owned,
+        )
 
     def _add_on_node(
         self,
@@ -215,7 +229,12 @@ class HierarchicalCoherentDispatcher:
         runs_NJ[:, tables.rank - wire.first_of_node] = False
         got_M, receive_counts = order_by_rank(runs_NJ & relays_N[:, None])
         returned_MD = exchange_partials(
-            wire, partial_ND[sent_M], send_counts, receive_counts, record.layer, in_node=True
+            wire,
+            partial_ND.index_select(0, sent_M),
+            send_counts,
+            receive_counts,
+            record.layer,
+            in_node=True,
         )
         return partial_ND.index_add(0, got_M, returned_MD)
 

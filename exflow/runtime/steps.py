@@ -109,8 +109,8 @@ class Steps:
         ends_T = self._tensor(ends[[chunk.is_last for chunk in mine]])
         done = [chunk.flight for chunk in chunks if chunk.is_last]
         last = Tokens(
-            hidden=tokens.hidden[ends_T],
-            slots=tokens.slots[ends_T],
+            hidden=tokens.hidden.index_select(0, ends_T),
+            slots=tokens.slots.index_select(0, ends_T),
             owned=self._by_home(done, [1] * len(done)),
         )
         logits_TV = self.decoder.logits(last.hidden)
