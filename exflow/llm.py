@@ -61,7 +61,6 @@ class LLM:
         kv_cache_tokens: int | None = None,
         kv_memory: str | int | None = None,
         prefill_chunk: int | None = 2048,
-        micro_batches: int = 1,
         cuda_graphs: bool = True,
         timeout: float = DEFAULT_TIMEOUT,
         routing: str | Path | None = None,
@@ -82,8 +81,6 @@ class LLM:
             kv_cache_tokens: tokens of context that a rank has memory for.
             kv_memory: the same in bytes: a number, or text like "2GiB".
             prefill_chunk: prompt tokens a rank reads between two decode steps; None for all.
-            micro_batches: parts of a decode step that are under way at the same time; for many
-                requests and slow links, on CPUs.
             cuda_graphs: on a GPU, record steps that are alike once and replay them.
             timeout: seconds after which a rank that does not answer is given up.
             routing: a trace of the model, for protocol "auto".
@@ -98,7 +95,6 @@ class LLM:
             batch_size=batch_size,
             kv_budget=_budget(kv_cache_tokens, kv_memory),
             prefill_chunk=prefill_chunk,
-            micro_batches=micro_batches,
             cuda_graphs=cuda_graphs,
         )
         path = Path(plan) if isinstance(plan, str) else plan

@@ -80,7 +80,6 @@ class Settings:
     peers: list[str]
     requests: int | None
     prompt_tokens: int | None
-    micro_batches: int
     steps: int
     repeats: int
     hidden_size: int
@@ -135,7 +134,6 @@ def parse_arguments() -> Settings:
     add("--peers", nargs="*", choices=PEERS, default=PEERS if has_peers else [])
     add("--requests", type=int, help="in flight, over all ranks; default by model")
     add("--prompt-tokens", type=int, help="of each request; default by model")
-    add("--micro-batches", type=int, default=1, help="of our arms")
     add("--steps", type=int, default=5, help="new tokens of a request")
     add("--repeats", type=int, default=3)
     add("--hidden-size", type=int, default=512, help="of planted models")
@@ -295,7 +293,6 @@ def our_arm(
     options = {
         "protocol": protocol,
         "dispatch": dispatch,
-        "micro_batches": settings.micro_batches,
         "folder": str(folder / arm.replace("/", "-")),
         "ranks_per_unit": settings.ranks // settings.units,
     }

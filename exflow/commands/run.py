@@ -56,13 +56,6 @@ def run(
     prefill_chunk: Annotated[
         int, typer.Option(help="Prompt tokens a rank reads between two decode steps.")
     ] = 2048,
-    micro_batches: Annotated[
-        int,
-        typer.Option(
-            help="Parts of a step under way at the same time: for many requests and slow links, on "
-            "CPUs."
-        ),
-    ] = 1,
     cuda_graphs: Annotated[
         bool, typer.Option(help="On a GPU, record steps that are alike once and replay them.")
     ] = True,
@@ -98,7 +91,6 @@ def run(
         batch_size=batch_size,
         kv_budget=KvBudget() if kv_memory is None else KvBudget.parse(kv_memory),
         prefill_chunk=prefill_chunk,
-        micro_batches=micro_batches,
         cuda_graphs=cuda_graphs,
     )
     sampling = SamplingParams(

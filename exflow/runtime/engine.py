@@ -24,7 +24,6 @@ from exflow.runtime.hierarchical import (
 )
 from exflow.runtime.kv_budget import KvBudget
 from exflow.runtime.kv_cache import KvCache
-from exflow.runtime.lanes import Lanes
 from exflow.runtime.limits import Limits
 from exflow.runtime.metrics import PHASES, PhaseMetrics
 from exflow.runtime.replicated import ReplicatedDispatcher
@@ -71,8 +70,6 @@ class EngineOptions:
         kv_budget: memory for keys and values on each rank; without limits, what the longest
             `batch_size` requests need.
         prefill_chunk: prompt tokens that a rank reads between two decode steps; None for all.
-        micro_batches: parts of a decode step that are under way at the same time, so that some
-            compute while the rows of others travel; for slow links between CPUs.
         cuda_graphs: on a GPU, steps that are alike are recorded once and replayed, on one rank or
             where dispatch is replicated.
         share_bytes: keys and values leave for the coherence domain during a step, beside the rows,
@@ -86,7 +83,6 @@ class EngineOptions:
     batch_size: int = 16
     kv_budget: KvBudget = field(default_factory=KvBudget)
     prefill_chunk: int | None = 2048
-    micro_batches: int = 1
     cuda_graphs: bool = True
     share_bytes: int = MESSAGE_BYTES
 
@@ -95,7 +91,6 @@ class EngineOptions:
             "batch-size": self.batch_size,
             "prefill-chunk": self.prefill_chunk,
             "share-bytes": self.share_bytes,
-            "micro-batches": self.micro_batches,
         }
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -193,57 +188,42 @@ class Engine:
             coherence_domain=options.domain_size,
             device=embedding.device,
         )
-        self._domain_of_rank: list[int] = tables.domain_of_rank.tolist()
-        is_replicated = options.dispatch_for(plan, ranks) == "replicated"
-        is_spread = ranks.num_ranks > 1
-        num_lanes = options.micro_batches if is_spread and not is_replicated else 1
-        has_recorder = recorder is not None and (ranks.is_first or not is_replicated)
-        is_flat = options.prefill_dispatch_for(plan, ranks) == "flat"
+        dispatch = options.dispatch_for(plan, ranks)
+        domain_of_rank: list[int] = tables.domain_of_rank.tolist()
         nodes: list[int] = tables.node_of_rank.tolist()
-        relays = None if is_flat else find_relays(self._domain_of_rank, nodes)
-        routes = Routes(self._domain_of_rank, relays)
-        rotary = Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device)
-
-        def make_steps(lane: int) -> Steps:
-            metrics = dict(self.metrics)
-            if num_lanes > 1:
-                metrics["decode"] = self.metrics["decode"].like()
-            wire = Wire(
-                ranks,
-                embedding.device,
-                metrics["prefill"],
-                num_nodes=1 if is_flat else plan.topology.num_nodes,
-                has_background=routes.has_domains,
-                is_second=lane > 0,
-            )
-            return Steps(
-                decoder=decoder,
-                rotary=rotary,
-                dispatchers=_make_dispatchers(
-                    tables,
-                    wire,
-                    decoder,
-                    is_flat=is_flat,
-                    is_coherent=options.protocol == "coherent",
-                    is_replicated=is_replicated,
-                ),
-                wire=wire if is_spread else None,
-                metrics=metrics,
-                recorder=recorder.beside() if recorder is not None and has_recorder else None,
-                rank=ranks.rank,
-                domain_of_rank=self._domain_of_rank,
-                routes=routes,
-                share_bytes=options.share_bytes // num_lanes,
-                owners_move=options.protocol == "coherent" and is_spread and not is_replicated,
-                can_record=options.cuda_graphs
-                and embedding.is_cuda
-                and (not is_spread or (is_replicated and ranks.uses_nccl())),
-            )
-
-        self._lanes = Lanes(
-            [make_steps(lane) for lane in range(num_lanes)],
-            self.metrics["decode"],
-            ranks.num_ranks,
+        is_flat = options.prefill_dispatch_for(plan, ranks) == "flat"
+        routes = Routes(domain_of_rank, None if is_flat else find_relays(domain_of_rank, nodes))
+        wire = Wire(
+            ranks,
+            embedding.device,
+            self.metrics["prefill"],
+            num_nodes=1 if is_flat else plan.topology.num_nodes,
+            has_background=routes.has_domains,
+        )
+        self._steps = Steps(
+            decoder=decoder,
+            rotary=Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device),
+            dispatchers=_make_dispatchers(
+                tables,
+                wire,
+                decoder,
+                is_flat=is_flat,
+                is_coherent=options.protocol == "coherent",
+                is_replicated=dispatch == "replicated",
+            ),
+            wire=wire if ranks.num_ranks > 1 else None,
+            metrics=self.metrics,
+            recorder=recorder if ranks.is_first or dispatch != "replicated" else None,
+            rank=ranks.rank,
+            domain_of_rank=domain_of_rank,
+            routes=routes,
+            share_bytes=options.share_bytes,
+            owners_move=options.protocol == "coherent"
+            and dispatch != "replicated"
+            and ranks.num_ranks > 1,
+            can_record=options.cuda_graphs
+            and embedding.is_cuda
+            and (ranks.num_ranks == 1 or (dispatch == "replicated" and ranks.uses_nccl())),
         )
         self._cached: tuple[KvCache, StepGraphs | None] | None = None
 
@@ -274,26 +254,26 @@ class Engine:
         scheduler = Scheduler(
             requests,
             limits,
-            domain_of_rank=self._domain_of_rank,
+            domain_of_rank=self._steps.domain_of_rank,
             tokenizer=self._tokenizer,
             is_streaming=on_token is not None and self._is_first,
         )
         cache, graphs = self._take_cache(requests, limits)
-        lanes = self._lanes
-        lanes.connect()
-        sharings = lanes.start_sharing(cache)
+        steps = self._steps
+        steps.connect()
+        sharing = steps.start_sharing(cache)
         self.scheduler = scheduler
         while scheduler.has_work:
             yield from scheduler.join()[1]
             chunks = scheduler.next_chunks()
             if chunks:
                 self.step = f"prefill step {self.metrics['prefill'].steps + 1}"
-                yield from self._advance(lanes.prefill(chunks, cache, sharings), on_token)
+                yield from self._advance(steps.prefill(chunks, cache, sharing), on_token)
             decoding = scheduler.decoding
             if decoding:
                 self.step = f"decode step {self.metrics['decode'].steps + 1}"
-                yield from self._advance(lanes.decode(decoding, cache, sharings, graphs), on_token)
-        lanes.drain(sharings)
+                yield from self._advance(steps.decode(decoding, cache, sharing, graphs), on_token)
+        steps.drain("decode", sharing)
         self._cached = cache, graphs
 
     def _advance(
@@ -349,7 +329,7 @@ class Engine:
             dtype=self._embedding.dtype,
             device=self._embedding.device,
         )
-        return cache, self._lanes.steps[0].graphs_for(cache)
+        return cache, self._steps.graphs_for(cache)
 
 
 def _make_dispatchers(

@@ -66,23 +66,6 @@ class PhaseMetrics:
             for name, count in more.items():
                 mine[name] += count
 
-    def take_over(self, other: PhaseMetrics, *, share: float) -> None:
-        """Count here what was counted elsewhere in the same steps, and there no longer.
-
-        Args:
-            other: the other counts.
-            share: of its seconds.
-        """
-        self.add_counts(other)
-        self.tokens += other.tokens
-        for section, seconds in other.seconds.items():
-            self.seconds[section] += share * seconds
-        for rows in other.rows.values():
-            rows[:] = 0
-        for counts in (other.num_bytes, other.messages, other.seconds):
-            counts.clear()
-        other.steps = other.tokens = 0
-
     def to_json(self) -> dict[str, Any]:
         """All counts of this rank as plain values."""
         return {

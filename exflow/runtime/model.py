@@ -134,9 +134,6 @@ def prepare_model(options: ModelOptions, ranks: Ranks) -> PreparedModel:
     is_local = Path(resolved).is_dir()
     definition = define_model(folder, name=folder.resolve().name if is_local else options.model)
     plan = _plan(options, definition, ranks)
-    if options.engine.micro_batches > 1 and device.type != "cpu":
-        msg = "--micro-batches is for ranks on CPUs; leave it out, or use --device cpu"
-        raise ModelError(msg)
     default = "float32" if device.type == "cpu" else "bfloat16"
     dtype = DTYPES[default if options.dtype == "auto" else options.dtype]
     engine = _engine_options(options, plan, definition, ranks, dtype)

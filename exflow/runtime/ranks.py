@@ -74,11 +74,7 @@ def needs_splits(device: torch.device) -> bool:
 
 
 def exchange_parts(
-    sent: Sequence[torch.Tensor],
-    at_most: Sequence[int],
-    rank: int,
-    *,
-    group: dist.ProcessGroup | None = None,
+    sent: Sequence[torch.Tensor], at_most: Sequence[int], rank: int
 ) -> list[torch.Tensor]:
     """Bytes from rank to rank whose receivers do not know how many will come; gloo only.
 
@@ -88,7 +84,6 @@ def exchange_parts(
         sent: uint8, by destination; what is for this rank is not sent.
         at_most: bytes that each rank may send.
         rank: this rank.
-        group: all ranks; the default one if None.
 
     Returns:
         By source: a tensor of `at_most` bytes that begins with what came; empty for this rank.
@@ -96,7 +91,7 @@ def exchange_parts(
     Raises:
         ContactLostError: another rank has died, or has not answered in time.
     """
-    group = group or dist.group.WORLD
+    group = dist.group.WORLD
     assert group is not None
     sizes = [0 if source == rank else size for source, size in enumerate(at_most)]
     received = [sent[rank].new_empty(size) for size in sizes]

@@ -6,7 +6,7 @@ tokens, K experts a token, M (token, layer) pairs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ import torch
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from exflow.models.definition import DecoderDefinition
@@ -30,13 +28,9 @@ class DecodeRecorder:
     def __init__(self, definition: DecoderDefinition) -> None:
         self._definition = definition
         self._step: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._parts: list[tuple[NDArray[np.int64], NDArray[np.int16], NDArray[np.float16]]] = []
-
-    def beside(self) -> DecodeRecorder:
-        """Another for steps at the same time, whose routing goes into the same trace."""
-        other = DecodeRecorder(self._definition)
-        other._parts = self._parts
-        return other
+        self._keys: list[NDArray[np.int64]] = []
+        self._experts: list[NDArray[np.int16]] = []
+        self._weights: list[NDArray[np.float16]] = []
 
     def add(
         self, slots_T: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -48,19 +42,19 @@ class DecodeRecorder:
         """The step is over; this is which request and position each slot had."""
         slots_M = torch.cat([slots for slots, _, _ in self._step]).cpu().numpy()
         layers_M = np.repeat(np.arange(len(self._step)), [len(step[0]) for step in self._step])
-        keys = np.stack([requests_S[slots_M], positions_S[slots_M], layers_M], axis=1)
-        experts = torch.cat([experts for _, experts, _ in self._step]).cpu().numpy()
-        weights = torch.cat([weights for _, _, weights in self._step]).cpu().numpy()
-        self._parts.append((keys, experts.astype(np.int16), weights.astype(np.float16)))
+        self._keys.append(np.stack([requests_S[slots_M], positions_S[slots_M], layers_M], axis=1))
+        experts = torch.cat([experts for _, experts, _ in self._step])
+        weights = torch.cat([weights for _, _, weights in self._step])
+        self._experts.append(experts.cpu().numpy().astype(np.int16))
+        self._weights.append(weights.cpu().numpy().astype(np.float16))
         self._step.clear()
 
     def gather(self, ranks: Ranks, device: torch.device, *, source: str) -> RoutingTrace | None:
         """The whole job's trace, in order of request and position; None if nothing was decoded."""
         top_k, num_layers = self._definition.top_k, len(self._definition.moe_layer_ids)
-        parts = list(zip(*self._parts, strict=True)) or [(), (), ()]
-        keys = _gather(parts[0], np.empty((0, 3), np.int64), ranks, device)
-        experts = _gather(parts[1], np.empty((0, top_k), np.int16), ranks, device)
-        weights = _gather(parts[2], np.empty((0, top_k), np.float16), ranks, device)
+        keys = _gather(self._keys, np.empty((0, 3), np.int64), ranks, device)
+        experts = _gather(self._experts, np.empty((0, top_k), np.int16), ranks, device)
+        weights = _gather(self._weights, np.empty((0, top_k), np.float16), ranks, device)
         if len(keys) == 0:
             return None
         order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
@@ -79,7 +73,7 @@ class DecodeRecorder:
 
 
 def _gather(
-    parts: Sequence[NDArray[Any]],
+    parts: list[NDArray[Scalar]],
     like: NDArray[Scalar],
     ranks: Ranks,
     device: torch.device,

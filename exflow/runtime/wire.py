@@ -37,7 +37,6 @@ class Wire:
         *,
         num_nodes: int = 1,
         has_background: bool = False,
-        is_second: bool = False,
     ) -> None:
         """The wire of one rank.
 
@@ -47,7 +46,6 @@ class Wire:
             metrics: where rows, bytes and messages are counted.
             num_nodes: nodes, if something is sent inside nodes only.
             has_background: whether something is sent beside the rest.
-            is_second: whether there is another wire between the same ranks at the same time.
         """
         self.rank = ranks.rank
         self.num_ranks = ranks.num_ranks
@@ -57,8 +55,6 @@ class Wire:
         self.metrics = metrics
         self._ranks = ranks
         self._has_background = has_background
-        self._is_second = is_second
-        self._group: dist.ProcessGroup | None = None
         self._node_group: dist.ProcessGroup | None = None
         self._background: dist.ProcessGroup | None = None
 
@@ -68,8 +64,6 @@ class Wire:
         Raises:
             ContactLostError: another rank has died, or has not come in time.
         """
-        if self._is_second and self._group is None:
-            self._group = self._ranks.second_group()
         if self.ranks_per_node < self.num_ranks and self._node_group is None:
             self._node_group = self._ranks.node_group(self.num_ranks // self.ranks_per_node)
         if self._has_background and self._background is None:
@@ -98,7 +92,7 @@ class Wire:
             in_node: only with the ranks of this node; the counts are theirs.
         """
         first = self.first_of_node if in_node else 0
-        group = self._node_group if in_node else self._group
+        group = self._node_group if in_node else None
         width = rows_NB.shape[1]
         received = rows_NB.new_empty((sum(receive_counts), width))
         all_to_all(received, rows_NB, list(receive_counts), list(send_counts), group=group)
@@ -109,7 +103,7 @@ class Wire:
         """(W, N, B) the uint8 rows of every rank, by rank; all have as many."""
         sent = rows_NB.repeat(self.num_ranks, 1)
         received = torch.empty_like(sent)
-        all_to_all(received, sent, group=self._group)
+        all_to_all(received, sent)
         row_counts = self.metrics.rows[kind][layer]
         row_counts += len(rows_NB)
         row_counts[self.rank] -= len(rows_NB)
@@ -149,7 +143,7 @@ class Wire:
             heard = self._exchange_counts(told)
             received = [head[0] for head in heard]
             rows = rows_NB.new_empty((sum(received), rows_NB.shape[1]))
-            all_to_all(rows, rows_NB, received, list(send_counts), group=self._group)
+            all_to_all(rows, rows_NB, received, list(send_counts))
         else:
             rows, heard = self._send_together(rows_NB, told, at_most)
         self._count_rows("dispatch", layer, send_counts, rows_NB.shape[1], payload_bytes)
@@ -166,7 +160,7 @@ class Wire:
             torch.cat([head, rows.flatten()]) for head, rows in zip(heads_WB, parts, strict=True)
         ]
         sizes = [head_bytes + count * width for count in at_most]
-        received = exchange_parts(sent, sizes, self.rank, group=self._group)
+        received = exchange_parts(sent, sizes, self.rank)
         received[self.rank] = sent[self.rank]
         heard = [part[:head_bytes].view(torch.int32).tolist() for part in received]
         rows = [
@@ -179,7 +173,7 @@ class Wire:
         """As many numbers to each rank, as many from each."""
         sent = torch.tensor(told, dtype=torch.int32, device=self.device)
         received = torch.empty_like(sent)
-        all_to_all(received, sent, group=self._group)
+        all_to_all(received, sent)
         self.metrics.messages["counts"] += 1
         heard: list[list[int]] = received.tolist()
         return heard
@@ -203,7 +197,7 @@ class Wire:
             metrics: where the message is counted, if not in the phase under way.
         """
         received = content.new_empty(sum(receive_sizes))
-        group = self._node_group if in_node else self._group
+        group = self._node_group if in_node else None
         all_to_all(received, content, list(receive_sizes), list(send_sizes), group=group)
         (metrics or self.metrics).messages["share"] += 1
         return received

@@ -49,8 +49,6 @@ def load(checkpoint: Path, options: Mapping[str, Any]) -> Decode:
                 len(prompts.token_ids),
                 "--dispatch",
                 options.get("dispatch", "auto"),
-                "--micro-batches",
-                options.get("micro_batches", 1),
             ),
             *(word for name in PATHS if options.get(name) for word in (f"--{name}", options[name])),
         )

@@ -69,10 +69,10 @@ def run_together(folder, cases):
 def run_case(folder, options):
     engine = make_engine(folder, options)
     most, flights, found, schedule = 0, 0, {}, []
-    lanes = engine._lanes
+    prefill, decode = engine._steps.prefill, engine._steps.decode
 
     def watch(step):
-        def watched(work, cache, *others):
+        def watched(work, cache, sharing):
             nonlocal most, flights
             pools = engine.scheduler.pools
             used = [pool.num_pages - pool.num_free for pool in pools]
@@ -81,11 +81,12 @@ def run_case(folder, options):
             assert cache.entries.shape[0] <= BUDGET_TOKENS * 3
             most, flights = max(most, *used), max(flights, len(engine.scheduler.running))
             schedule.append((step.__name__, [getattr(w, "slot", None) for w in work]))
-            return step(work, cache, *others)
+            return step(work, cache, sharing)
 
         return watched
 
-    lanes.prefill, lanes.decode = watch(lanes.prefill), watch(lanes.decode)
+    object.__setattr__(engine._steps, "prefill", watch(prefill))
+    object.__setattr__(engine._steps, "decode", watch(decode))
     for done in engine.generate(make_requests()):
         found[done.request.index] = (done.finish_reason, done.token_ids)
     return found, most, flights, schedule
@@ -118,12 +119,11 @@ def options(**changes):
 
 CASES = {
     1: [options()],
-    2: [options(protocol="home"), options(), options(micro_batches=2)],
+    2: [options(protocol="home"), options()],
     4: [
         options(protocol="home"),
         options(coherence_domain=2),
         options(dispatch="hierarchical"),
-        options(dispatch="hierarchical", micro_batches=2),
         options(dispatch="replicated"),
     ],
 }

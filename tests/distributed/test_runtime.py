@@ -93,30 +93,6 @@ def test_messages_a_step(model, on_two_ranks):
     assert (np.sum(coherent.decode["rows"]["combine"]) > 0) == has_combine
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_micro_batches_change_nothing_but_the_number_of_messages(model, num_ranks):
-    plan = make_plan(model.definition, num_ranks, "copies")
-    cases = [make_case(plan, *protocol) for protocol in protocols(num_ranks)]
-    cases += [replace(c, options=replace(c.options, dispatch="hierarchical")) for c in cases]
-    cases.append(sharing_at_once(cases[-1]))
-    halved = [replace(c, options=replace(c.options, micro_batches=2)) for c in cases]
-    by_rank = run_ranks(num_ranks, decode_all, model, cases + halved, timeout=280)
-    for number, case in enumerate(cases):
-        whole, halves = by_rank[0][number], by_rank[0][number + len(cases)]
-        assert halves.tokens == whole.tokens == model.tokens
-        logits = {
-            k: row for found in by_rank for k, row in found[number + len(cases)].logits.items()
-        }
-        check_logits(logits, model)
-        check_traffic(halves, case)
-        assert halves.decode["bytes"].keys() == whole.decode["bytes"].keys()
-        for kind, count in whole.decode["bytes"].items():
-            assert (halves.decode["bytes"][kind] == count) == (kind != "counts" or count == 0)
-        assert halves.decode["tokens"] == whole.decode["tokens"]
-        assert halves.decode["steps"] == whole.decode["steps"]
-        assert halves.decode["messages"]["dispatch"] > whole.decode["messages"]["dispatch"]
-
-
 def as_with_nccl(model, cases):
     """Sizes are told in a message of their own."""
     exflow.runtime.wire.needs_splits = lambda device: True

@@ -58,7 +58,7 @@ def make_engine(model, options, *, is_recorded):
     engine = Engine(Decoder(model.definition, weights), plan, ranks, options=options)
     if is_recorded:
         exflow.runtime.steps.CudaRecorder = DoAgain
-        engine._lanes.steps[0] = replace(engine._lanes.steps[0], can_record=True)
+        engine._steps = replace(engine._steps, can_record=True)
     return engine
 
 
