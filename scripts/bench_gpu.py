@@ -1,12 +1,13 @@
 """Decode on one GPU against its memory bandwidth, with and without CUDA graphs.
 
-    python scripts/bench_gpu.py --shape mixtral --layers 8 --batch 1 8 64 --json
+    python scripts/bench_gpu.py --shape mixtral --layers 8 --batch 1 8 64
+    python scripts/bench_gpu.py --kernels
 
 Makes a checkpoint with random weights of a real model's layer shape (--layers of them, at least 20 GB
 by default), decodes it with exflow and with transformers, and says what share of the memory bandwidth
 each reached: the bytes a step must read (dense weights, the experts that its tokens use, keys and
 values) over its time and the bandwidth that copying within the GPU reaches, and that the card is sold
-with. Experts used are taken from a run that records routing. A step is the median of all after the
+with. --kernels compares the two ways through experts instead. Experts used are taken from a run that records routing. A step is the median of all after the
 first tenth, prompts not counted. The last line is JSON.
 """
 
@@ -46,7 +47,7 @@ SOLD = {"H100 80GB HBM3": 3.35e12, "H100 PCIe": 2.0e12, "H200": 4.8e12, "A100-SX
 
 
 def main() -> None:
-    """Make the model, measure all, print a table and the JSON."""
+    """Make the model, measure all, print the JSON; progress goes to stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shape", choices=LAYERS, default="mixtral")
@@ -55,10 +56,13 @@ def main() -> None:
     add("--prompt-tokens", type=int, default=128)
     add("--new-tokens", type=int, default=64)
     add("--no-transformers", action="store_true")
-    add("--json", action="store_true")
+    add("--kernels", action="store_true", help="time both ways through experts, nothing else")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this benchmark needs a CUDA device; bench_decode.py is for CPUs")
+    if asked.kernels:
+        print(json.dumps(compare_kernels()))
+        return
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
         print(json.dumps(measure(folder, asked)))
@@ -271,6 +275,60 @@ def step_bytes(definition: Any, weights: Any, used: float, context: float) -> fl
         )
     total += weights.head.numel() * weights.head.element_size()
     return total + context * definition.num_layers * definition.kv_width * 2
+
+
+# Experts, hidden size, width and experts a token.
+SHAPES = {
+    "Mixtral-8x7B": (8, 4096, 14336, 2),
+    "Qwen3-30B-A3B": (128, 2048, 768, 8),
+    "DeepSeek-V2-Lite": (64, 2048, 1408, 6),
+}
+
+
+@torch.inference_mode()
+def compare_kernels() -> list[dict[str, Any]]:
+    """Microseconds of one layer's experts by pairs and by grouped products, as rows grow."""
+    from exflow.runtime.expert_weights import ExpertWeights
+    from exflow.runtime.experts import run_chosen
+    from exflow.runtime.gpu_kernels import run_pairs
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, device=GPU, dtype=torch.bfloat16) / sizes[-1] ** 0.5
+
+    found = []
+    for name, (num_experts, hidden, width, top_k) in SHAPES.items():
+        experts = ExpertWeights(
+            gate_up=normal(num_experts, 2 * width, hidden).transpose(1, 2),
+            down=normal(num_experts, width, hidden),
+        )
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            slots = torch.rand(rows, num_experts, device=GPU).argsort(dim=1)[:, :top_k]
+            given = experts, normal(rows, hidden), slots, torch.rand(rows, top_k, device=GPU)
+            used = len(slots.unique())
+            row = {"shape": name, "rows": rows, "pairs": slots.numel(), "experts": used}
+            for way in (run_pairs, run_chosen):
+                row[f"{way.__name__}_us"] = microseconds(lambda way=way, given=given: way(*given))
+            say(json.dumps(row))
+            found.append(row)
+    return found
+
+
+def microseconds(work: Any) -> float:
+    """Of work in a CUDA graph, five times over."""
+    for _ in range(2):
+        work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(5):
+            work()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    start.record()
+    for _ in range(10):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * start.elapsed_time(end) / 50
 
 
 def copy_bandwidth() -> float:

@@ -57,7 +57,11 @@ def run(
         int, typer.Option(help="Prompt tokens a rank reads between two decode steps.")
     ] = 2048,
     cuda_graphs: Annotated[
-        bool, typer.Option(help="On a GPU, record steps that are alike once and replay them.")
+        bool,
+        typer.Option(
+            help="On a GPU, record steps that are alike once and replay them; not with "
+            "--metrics or --record-trace, which need every step's routing."
+        ),
     ] = True,
     stop: Annotated[
         list[str] | None, typer.Option(help="A string that ends a text; may be repeated.")

@@ -84,20 +84,31 @@ class PlacedExperts:
             top_k_index: (T, K) logical experts.
             top_k_weights: (T, K) gate weights.
         """
-        if not self.has_shared_batch:
-            return self._sums(hidden_states, top_k_index, top_k_weights)
-        tables = self.dispatcher.tables
-        mine = slice(tables.rank, None, tables.num_ranks)
-        sums = self._sums(hidden_states[mine], top_k_index[mine], top_k_weights[mine])
-        return self._gather(sums, len(hidden_states))
+        if not self.has_shared_batch:  # then nobody knows how many tokens the others have
+            return self._sums(hidden_states, top_k_index, top_k_weights, owned=())
+        tables, num_tokens = self.dispatcher.tables, len(hidden_states)
+        parts = [slice(rank, None, tables.num_ranks) for rank in range(tables.num_ranks)]
+        mine = parts[tables.rank]
+        sums = self._sums(
+            hidden_states[mine],
+            top_k_index[mine],
+            top_k_weights[mine],
+            owned=tuple(len(range(num_tokens)[part]) for part in parts),
+        )
+        return self._gather(sums, num_tokens)
 
     def _sums(
-        self, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        hidden_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        *,
+        owned: tuple[int, ...],
     ) -> torch.Tensor:
         """The sums of the tokens whose home is this rank."""
         weights_TK, order_TK = weights_TK.sort(dim=1, descending=True, stable=True)
         nothing = torch.zeros_like(hidden_TD)
-        tokens = Tokens(hidden=hidden_TD, slots=hidden_TD.new_empty(0), owned=())
+        tokens = Tokens(hidden=hidden_TD, slots=hidden_TD.new_empty(0), owned=owned)
         rows, record = self.dispatcher.dispatch(
             self.layer, tokens, expert_ids_TK.gather(1, order_TK).long(), weights_TK
         )

@@ -111,7 +111,7 @@ class DecodeAttention:
             cache: where keys and values are.
             rotary: position embedding.
             positions_S: position of each slot's new token.
-            longest: the largest of these positions that is in use.
+            longest: none of these positions that are in use is above it.
         """
         self.written: Written | None = None
         self._definition = definition

@@ -8,11 +8,10 @@
 between. A rank that runs several of a token's experts gets its row once. The numbers of rows are
 `placement.traffic.count_traffic`'s.
 
-Messages a MoE layer: the numbers of rows, the rows, and the partial sums. Splits must be known
-before an all-to-all starts, and only the owner's gate knows them: hence the first. The last is not
-sent where every token has one expert and may be owned by any rank, and its splits need no message:
-a row says who runs the token's experts and who owns it next. `hierarchical.py` adds two messages
-inside nodes.
+Messages a MoE layer: the rows with their number, and the partial sums. On GPUs the numbers go
+before, in a message of their own. Partial sums are not sent where every token has one expert and
+may be owned by any rank, and their numbers need no message: a row says who runs the token's experts
+and who owns it next. `hierarchical.py` adds two messages inside nodes.
 
 Shape suffixes: T tokens owned, N rows received, M places in a buffer, K choices, D hidden size,
 W ranks, B bytes of a row.
@@ -40,7 +39,7 @@ class Tokens:
     Attributes:
         hidden: (T, D) residual stream.
         slots: (T,) the slot of each token's request.
-        owned: how many tokens each rank owns.
+        owned: how many tokens each rank owns; under `home`, none if that is not known.
     """
 
     hidden: torch.Tensor
@@ -124,7 +123,7 @@ class HomeRecord:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HomeDispatcher:
-    """Owners never change: rows go out in one all-to-all, partial sums come back in another."""
+    """Owners never change: rows go out in one message, partial sums come back in another."""
 
     tables: PlacementTables
     format: RowFormat
@@ -142,7 +141,7 @@ class HomeDispatcher:
             row_format.pack(tokens.hidden, choices_TK, weights_TK).index_select(0, token_M),
             send_counts,
             [[]] * tables.num_ranks,
-            at_most=tokens.owned,
+            at_most=tokens.owned or None,
             layer=layer,
             payload_bytes=row_format.payload_bytes,
         )

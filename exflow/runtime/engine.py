@@ -71,7 +71,7 @@ class EngineOptions:
             `batch_size` requests need.
         prefill_chunk: prompt tokens that a rank reads between two decode steps; None for all.
         cuda_graphs: on a GPU, steps that are alike are recorded once and replayed, on one rank or
-            where dispatch is replicated.
+            where dispatch is replicated; not while routing is recorded.
         share_bytes: keys and values leave for the coherence domain during a step, beside the rows,
             whenever ranks have so many bytes of them on average; the rest at its end. A layer of
             the next step waits for those it needs.
@@ -223,9 +223,10 @@ class Engine:
             and ranks.num_ranks > 1,
             can_record=options.cuda_graphs
             and embedding.is_cuda
+            and recorder is None
             and (ranks.num_ranks == 1 or (dispatch == "replicated" and ranks.uses_nccl())),
         )
-        self._cached: tuple[KvCache, StepGraphs | None] | None = None
+        self._cached: tuple[KvCache, StepGraphs] | None = None
 
     @torch.inference_mode()
     def generate(
@@ -274,7 +275,7 @@ class Engine:
                 self.step = f"decode step {self.metrics['decode'].steps + 1}"
                 yield from self._advance(steps.decode(decoding, cache, sharing, graphs), on_token)
         steps.drain("decode", sharing)
-        self._cached = cache, graphs
+        self._cached = None if graphs is None else (cache, graphs)
 
     def _advance(
         self, token_of_slot: dict[int, int], on_token: Callable[[NewToken], None] | None

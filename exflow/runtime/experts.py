@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # sorting rows by expert and many small products; found on a CPU with AVX-512.
 SMALL_EXPERT = 1 << 13
 FEW_ROWS = 1 << 17
-# Pairs of row and expert, for each expert here, up to which a GPU reads weights for each pair alone;
-# on an H100 both ways meet at 1.0 to 2.0 for Qwen3-30B, DeepSeek-V2-Lite and Mixtral-8x7B.
+# Choices of all rows, for each expert here, up to which a GPU reads weights for each choice alone; on
+# one H100 both ways meet at 1.0 to 2.0 for Qwen3-30B, DeepSeek-V2-Lite and Mixtral-8x7B.
 PAIRS_A_SLOT = 1.0
 
 

@@ -5,7 +5,7 @@
 
 That needs steps whose shapes are known before they begin, and in which the host asks for no value: on
 one rank, or where dispatch is replicated. A *shape* is how many tokens each rank has and how many pages
-of context attention reads, rounded up. Shape suffixes: S slots, T tokens, V vocabulary.
+of context attention reads, rounded up. Shape suffixes: S slots, T tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Shape: TypeAlias = tuple[tuple[int, ...], int]
 PAGES_APART = 8
+MAX_RECORDED = 64  # each holds memory that no budget knows of; other shapes stay eager
 TIMES_EAGER = 4  # recording takes as long as some steps; a shape that soon changes is not worth it
 
 
@@ -120,9 +121,11 @@ class StepGraphs:
         shape = owned, min(-(-num_pages // PAGES_APART) * PAGES_APART, self._max_pages)
         inputs = self._fill(token_ids, slots, positions_S, shape)
         self._seen[shape] += 1
-        if self._seen[shape] <= TIMES_EAGER:
+        is_recorded = shape in self._recorded
+        is_full = len(self._recorded) >= MAX_RECORDED
+        if not is_recorded and (is_full or self._seen[shape] <= TIMES_EAGER):
             return self._step(inputs, metrics)
-        if shape not in self._recorded:
+        if not is_recorded:
             counts = self._new_metrics()
             recording, outputs = self._record(partial(self._step, inputs), counts)
             self._recorded[shape] = recording, outputs, counts

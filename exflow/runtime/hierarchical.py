@@ -7,8 +7,9 @@
 The relay is one of the ranks that run the token's experts (`placement.traffic.relays`), so there
 are as many rows as in flat dispatch, and fewer of them on the slow links.
 
-Messages a MoE layer: five, two of them inside nodes. One of counts tells both hops' splits; rows
-cross, then fan out; partial sums are added on their node, then cross. In flat dispatch it is three.
+Messages a MoE layer: four, two of them inside nodes, where flat dispatch has two. Rows cross with the
+numbers of both hops, then fan out; partial sums are added on their node, then cross. On GPUs the
+numbers go before.
 
 Shape suffixes: T tokens owned, N rows, M places in a buffer, K choices, D hidden size, W ranks,
 J ranks of a node, B bytes of a row.

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -70,15 +70,16 @@ class Pending:
 
 def needs_splits(device: torch.device) -> bool:
     """Whether both sides of an exchange must know its sizes; `exchange_parts` is for the others."""
-    return device.type != "cpu"
+    return device.type != "cpu" or not sys.platform.startswith("linux")
 
 
 def exchange_parts(
     sent: Sequence[torch.Tensor], at_most: Sequence[int], rank: int
 ) -> list[torch.Tensor]:
-    """Bytes from rank to rank whose receivers do not know how many will come; gloo only.
+    """Bytes from rank to rank whose receivers do not know how many will come; gloo over TCP only.
 
-    Gloo lets a receive be longer than what arrives; with NCCL both must be the same.
+    There a receive may be longer than what arrives, not shorter; with NCCL, and over gloo's other
+    transports, both must be the same.
 
     Args:
         sent: uint8, by destination; what is for this rank is not sent.
@@ -181,7 +182,7 @@ class Ranks:
     ) -> Iterator[Liveness]:
         """A process group for the duration: NCCL on GPUs, gloo on CPUs, none for one rank.
 
-        Gloo, too, where ranks share a GPU, which NCCL refuses. That is for trying things out.
+        Gloo, too, where ranks share a GPU, which NCCL refuses (before 2.30): to try things out.
 
         A group that exists already is used and left alone.
 
@@ -238,13 +239,22 @@ class Ranks:
         return beats
 
     def _backend(self, store: Store, device: torch.device) -> str:
-        """NCCL if every rank has a GPU of its own; all ranks ask, and come to the same."""
-        if device.type != "cuda":
+        """NCCL if every rank has a GPU of its own; all ranks ask, and come to the same.
+
+        Raises:
+            UserError: some ranks compute on GPUs and some do not.
+        """
+        is_gpu = device.type == "cuda"
+        mine = str(torch.cuda.get_device_properties(device).uuid) if is_gpu else device.type
+        store.set(str(self.rank), mine)
+        places = [store.get(str(rank)).decode() for rank in range(self.num_ranks)]
+        without = [rank for rank, place in enumerate(places) if place == "cpu"]
+        if len(without) == self.num_ranks:
             return "gloo"
-        gpu = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
-        store.set(str(self.rank), gpu)
-        gpus = [store.get(str(rank)) for rank in range(self.num_ranks)]
-        if len(set(gpus)) == self.num_ranks:
+        if without:
+            msg = f"ranks {without} have no GPU and the others do; use --device cpu on all"
+            raise UserError(msg)
+        if len(set(places)) == self.num_ranks:
             return "nccl"
         if self.is_first:
             logger.warning("ranks share a GPU, which NCCL refuses: their messages go by gloo")

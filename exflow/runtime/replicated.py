@@ -15,7 +15,6 @@ Shape suffixes: T tokens of all ranks, K choices, D hidden size, W ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,15 +69,17 @@ class ReplicatedDispatcher:
         return Tokens(hidden=tokens.hidden + total_TD, slots=tokens.slots, owned=tokens.owned)
 
 
-@lru_cache(maxsize=64)
 def homes_of(owned: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """(T,) the rank that each token started on. Kept, so that a GPU gets it once.
+    """(T,) the rank that each token started on, made without the host: it is part of recorded steps.
 
     >>> homes_of((2, 0, 1), torch.device("cpu"))
     tensor([0, 0, 2])
     """
-    homes = [rank for rank, count in enumerate(owned) for _ in range(count)]
-    return torch.tensor(homes, dtype=torch.int64, device=device)
+    parts = [
+        torch.full((count,), rank, dtype=torch.int64, device=device)
+        for rank, count in enumerate(owned)
+    ]
+    return torch.cat(parts)
 
 
 def own_tokens(tokens: Tokens, rank: int) -> Tokens:

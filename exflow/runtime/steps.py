@@ -192,7 +192,7 @@ class Steps:
 
     def graphs_for(self, cache: KvCache) -> StepGraphs | None:
         """Where decode steps on a cache are recorded, if they can be."""
-        if not self.can_record or self.recorder is not None:
+        if not self.can_record:
             return None
         return StepGraphs(
             cache,

@@ -1,4 +1,4 @@
-"""The collectives of a forward pass, counted by kind.
+"""The messages of a forward pass, counted by kind.
 
 Shape suffixes: N rows, B bytes of a row, W ranks.
 """
@@ -117,20 +117,20 @@ class Wire:
         send_counts: Sequence[int],
         numbers: Sequence[Sequence[int]],
         *,
-        at_most: Sequence[int],
+        at_most: Sequence[int] | None,
         layer: int,
         payload_bytes: int,
     ) -> tuple[torch.Tensor, list[int], list[list[int]]]:
         """Dispatch rows to ranks that do not know how many will come, and numbers with them.
 
-        On a CPU it is one message, `| count, numbers: int32 | rows |`. On a GPU, where splits must
-        be known, counts and numbers go before.
+        On a CPU it is one message, `| count, numbers: int32 | rows |`. On a GPU, where both sides
+        must know its size, or if nobody knows what to expect, counts and numbers go before.
 
         Args:
             rows_NB: uint8 rows, sorted by destination.
             send_counts: rows for each rank, this one too.
             numbers: what each rank is told, as many numbers from any rank to any rank.
-            at_most: rows that each rank may send to another.
+            at_most: rows that each rank may send to another, if that is known.
             layer: index among the MoE layers.
             payload_bytes: bytes of a row that are hidden state; the rest is metadata.
 
@@ -139,7 +139,7 @@ class Wire:
         """
         told = [[count, *own] for count, own in zip(send_counts, numbers, strict=True)]
         self.metrics.num_bytes["counts"] += (self.num_ranks - 1) * len(told[0]) * COUNT_BYTES
-        if needs_splits(self.device):
+        if at_most is None or needs_splits(self.device):
             heard = self._exchange_counts(told)
             received = [head[0] for head in heard]
             rows = rows_NB.new_empty((sum(received), rows_NB.shape[1]))

@@ -72,7 +72,7 @@ def run_case(folder, options):
     prefill, decode = engine._steps.prefill, engine._steps.decode
 
     def watch(step):
-        def watched(work, cache, sharing):
+        def watched(work, cache, *others):
             nonlocal most, flights
             pools = engine.scheduler.pools
             used = [pool.num_pages - pool.num_free for pool in pools]
@@ -81,7 +81,7 @@ def run_case(folder, options):
             assert cache.entries.shape[0] <= BUDGET_TOKENS * 3
             most, flights = max(most, *used), max(flights, len(engine.scheduler.running))
             schedule.append((step.__name__, [getattr(w, "slot", None) for w in work]))
-            return step(work, cache, sharing)
+            return step(work, cache, *others)
 
         return watched
 

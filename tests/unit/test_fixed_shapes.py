@@ -26,7 +26,7 @@ from exflow.runtime.dispatcher import HomeDispatcher, LocalDispatcher, Tokens
 from exflow.runtime.forward import run_layers
 from exflow.runtime.kv_cache import KvCache
 from exflow.runtime.metrics import PhaseMetrics
-from exflow.runtime.replicated import ReplicatedDispatcher, homes_of
+from exflow.runtime.replicated import ReplicatedDispatcher
 from exflow.runtime.rows import RowFormat
 from exflow.runtime.tables import PlacementTables
 from exflow.runtime.weights import load_weights
@@ -46,9 +46,6 @@ class FakeWire:
 
     def share_rows(self, rows_NB, *, kind, layer):
         return torch.stack([rows_NB, rows_NB])
-
-    def send_rows(self, rows_NB, send_counts, numbers, **at_most):
-        return rows_NB, send_counts, numbers
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -99,7 +96,6 @@ def run_step(folder, make_dispatcher, num_ranks):
     tables = PlacementTables.from_plan(
         plan, 0, top_k=definition.top_k, coherence_domain=None, device=CPU
     )
-    homes_of.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         cache = KvCache(
             num_layers=definition.num_layers,
@@ -122,7 +118,7 @@ def run_step(folder, make_dispatcher, num_ranks):
             slots=torch.zeros(3, dtype=torch.int64, device=CPU),
             owned=(3, 0)[:num_ranks],
         )
-        found = run_layers(
+        return run_layers(
             Decoder(definition, without_values(weights)),
             tokens,
             attention,
@@ -131,8 +127,6 @@ def run_step(folder, make_dispatcher, num_ranks):
             recorder=None,
             sharing=None,
         )
-    homes_of.cache_clear()
-    return found
 
 
 def alone(tables, definition):

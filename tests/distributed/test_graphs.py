@@ -99,6 +99,14 @@ def test_shapes_that_come_seldom_are_not_recorded(model, monkeypatch):
     assert engine._cached[1].num_recorded == 0
 
 
+def test_no_more_shapes_are_recorded_than_there_is_room_for(model, monkeypatch):
+    monkeypatch.setattr(exflow.runtime.graphs, "MAX_RECORDED", 1)
+    expected = generate(make_engine(model, EngineOptions(batch_size=4), is_recorded=False))
+    engine = make_engine(model, EngineOptions(batch_size=4), is_recorded=True)
+    assert generate(engine) == expected
+    assert engine._cached[1].num_recorded == 1
+
+
 def test_another_cache_begins_anew(model):
     engine = make_engine(model, EngineOptions(batch_size=4), is_recorded=True)
     generate(engine)
@@ -111,17 +119,17 @@ def test_another_cache_begins_anew(model):
 def test_without_a_gpu_nothing_is_recorded(model):
     engine = make_engine(model, EngineOptions(batch_size=4), is_recorded=False)
     generate(engine, max_tokens=2)
-    assert engine._cached[1] is None
+    assert engine._cached is None
 
 
 def decode_replicated(model, is_recorded):
     options = EngineOptions(batch_size=6, dispatch="replicated")
     engine = make_engine(model, options, is_recorded=is_recorded)
     tokens = generate(engine)
-    graphs = engine._cached[1]
+    cached = engine._cached
     decode = join_phases(Ranks.from_environment().gather(engine.metrics["decode"].to_json(), CPU))
     decode.pop("seconds")
-    return tokens, decode, None if graphs is None else graphs.num_recorded
+    return tokens, decode, None if cached is None else cached[1].num_recorded
 
 
 @pytest.mark.distributed
