@@ -108,6 +108,20 @@ def gpt_oss(folder: Path, *, max_shard_size: str = "1GB", seed: int = 0, **chang
     return _save(GptOssForCausalLM, config, folder, max_shard_size, seed)
 
 
+# By family: what saves a checkpoint, and changes that bring out its differences.
+FAMILIES = {
+    "mixtral": (mixtral, {"sliding_window": 7}),
+    "qwen2-moe": (qwen2_moe, {"mlp_only_layers": [1], "initializer_range": 0.2}),
+    "qwen3-moe": (qwen3_moe, {"mlp_only_layers": [1]}),
+    "olmoe": (olmoe, {"num_experts_per_tok": 3}),
+    "deepseek-v2": (deepseek_v2, {}),
+    "deepseek-v3": (deepseek_v3, {}),
+    # At 0.3 the reference itself is 6e-6 from its own logits in float64.
+    "gpt-oss": (gpt_oss, {"initializer_range": 0.2}),
+    "gpt-top1": (gpt_moe.save, {}),
+}
+
+
 def _renamed(sizes: dict[str, Any], name: str) -> dict[str, Any]:
     """The sizes with the number of experts under the name that a family gives it."""
     return {name if key == "num_experts" else key: value for key, value in sizes.items()}

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import exflow.runtime.steps
-import gpt_moe
 from exflow.models.checkpoint import Checkpoint
 from exflow.models.families import define_model
 from exflow.runtime.decoder import Decoder
@@ -26,17 +25,7 @@ from harness import run_ranks
 from placement.plan import PlacementPlan, Strategy
 from placement.topology import Topology
 from placement.traffic import count_traffic
-from tiny_checkpoints import (
-    decode_with_transformers,
-    deepseek_v2,
-    deepseek_v3,
-    gpt_oss,
-    make_prompts,
-    mixtral,
-    olmoe,
-    qwen2_moe,
-    qwen3_moe,
-)
+from tiny_checkpoints import FAMILIES, decode_with_transformers, make_prompts
 
 pytestmark = pytest.mark.distributed
 
@@ -46,18 +35,6 @@ NEW_TOKENS = 5
 # Logits of these random models are of size 10; greedy tokens are far from ties.
 SMALLEST_MARGIN = 1e-3
 LARGEST_ERROR = 1e-5
-
-FAMILIES = {
-    "mixtral": (mixtral, {"sliding_window": 7}),
-    "qwen2-moe": (qwen2_moe, {"mlp_only_layers": [1], "initializer_range": 0.2}),
-    "qwen3-moe": (qwen3_moe, {"mlp_only_layers": [1]}),
-    "olmoe": (olmoe, {"num_experts_per_tok": 3}),
-    "deepseek-v2": (deepseek_v2, {}),
-    "deepseek-v3": (deepseek_v3, {}),
-    # At 0.3 the reference itself is 6e-6 from its own logits in float64.
-    "gpt-oss": (gpt_oss, {"initializer_range": 0.2}),
-    "gpt-top1": (gpt_moe.save, {}),
-}
 
 
 @dataclass(frozen=True)

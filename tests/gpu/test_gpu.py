@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 import exflow.runtime.graphs
-import gpt_moe
 from decoding import (
     check_logits,
     check_traffic,
@@ -42,17 +41,7 @@ from exflow.runtime.tables import PlacementTables
 from exflow.runtime.weights import load_weights
 from exflow.runtime.wire import Wire
 from harness import run_ranks
-from tiny_checkpoints import (
-    deepseek_v2,
-    deepseek_v3,
-    gpt_oss,
-    make_prompts,
-    mixtral,
-    olmoe,
-    qwen2_moe,
-    qwen3_moe,
-    save_byte_tokenizer,
-)
+from tiny_checkpoints import FAMILIES, make_prompts, qwen3_moe, save_byte_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,16 +49,6 @@ pytestmark = [
 ]
 
 GPU = torch.device("cuda")
-FAMILIES = {
-    "mixtral": (mixtral, {"sliding_window": 7}),
-    "qwen2-moe": (qwen2_moe, {"mlp_only_layers": [1], "initializer_range": 0.2}),
-    "qwen3-moe": (qwen3_moe, {"mlp_only_layers": [1]}),
-    "olmoe": (olmoe, {"num_experts_per_tok": 3}),
-    "deepseek-v2": (deepseek_v2, {}),
-    "deepseek-v3": (deepseek_v3, {}),
-    "gpt-oss": (gpt_oss, {"initializer_range": 0.2}),
-    "gpt-top1": (gpt_moe.save, {}),
-}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
