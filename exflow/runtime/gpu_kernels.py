@@ -21,8 +21,9 @@ import triton.language as tl
 if TYPE_CHECKING:
     from exflow.runtime.expert_weights import ExpertWeights
 
-# Columns and elements of a sum that a program takes at a time, and its warps: the fastest of ten on an
-# H100 for Mixtral-8x7B, Qwen3-30B-A3B and DeepSeek-V2-Lite. They are fixed, so that sums are too.
+# Columns and elements of a sum that a program takes at a time, and its warps: of ten choices the fastest
+# on an H100 for Mixtral-8x7B and Qwen3-30B-A3B, and for DeepSeek-V2-Lite but for four warps in the
+# second. They are fixed, so that the order of sums is.
 GATE_UP_TILE = {"TILE_F": 16, "TILE_D": 128, "num_warps": 8}
 DOWN_TILE = {"TILE_F": 32, "TILE_D": 64, "num_warps": 8}
 # The second product's sums are split until there are so many tiles of 64 columns, or so many parts.

@@ -153,6 +153,7 @@ class Wire:
         self, rows_NB: torch.Tensor, told: list[list[int]], at_most: Sequence[int]
     ) -> tuple[torch.Tensor, list[list[int]]]:
         """Rows and what is told, in one message."""
+        assert max(own[0] for own in told) <= at_most[self.rank]
         width, head_bytes = rows_NB.shape[1], len(told[0]) * COUNT_BYTES
         heads_WB = torch.tensor(told, dtype=torch.int32).view(torch.uint8)
         parts = torch.split(rows_NB, [own[0] for own in told])

@@ -120,6 +120,9 @@ def test_bytes_are_rows_times_their_width(model, on_two_ranks):
     counted = result.decode["bytes"]
     assert counted["payload"] == sum(rows.values()) * definition.hidden_size * 4
     assert counted["metadata"] == rows["dispatch"] * (2 * definition.top_k + 2) * 4
+    layers = result.decode["steps"] * len(definition.moe_layer_ids)
+    told = 1 + 2  # rows to come, and tokens that each of two ranks will own
+    assert counted["counts"] == 2 * layers * told * 4
     assert counted["tokens"] == result.decode["tokens"] * 8
     entries = result.decode["tokens"] * definition.num_layers
     assert counted["kv_share"] == entries * (4 + definition.kv_width * 4)
