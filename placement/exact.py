@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from placement.traffic import choose_ranks, next_owner
+from placement.rules import choose_ranks, next_owner
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from placement.errors import UserError
-from placement.traffic import count_traffic, walk_layers
+from placement.rules import walk_layers
+from placement.traffic import count_traffic
 
 if TYPE_CHECKING:
     from pathlib import Path

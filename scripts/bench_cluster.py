@@ -62,6 +62,7 @@ LOADS = {
 }
 MAX_IMBALANCE = {"pile-moe-top1": 1.25, "planted-top1": 1.5, "planted-top4": 1.5}
 MORE_SLOTS = 1.25
+EFFORT = 8
 LATENCY = 1e-3  # of a collective on this machine, whose ranks share cores
 LOOPBACK = 1e9
 
@@ -207,11 +208,7 @@ def prepare(name: str, checkpoint: Path, corpus: Path, folder: Path, settings: S
     requests, prompt_tokens = LOADS[name]
     requests = settings.requests or requests
     prompt_tokens = settings.prompt_tokens or prompt_tokens
-    exflow(
-        *("profile", checkpoint, corpus / "profile", "-o", trace, "--mode", "decode"),
-        *("--overwrite", "--prompt-tokens", prompt_tokens, "--new-tokens", settings.steps),
-        *("--tokens", 20_000, "--batch-size", 64),
-    )
+    profile(checkpoint, corpus, trace, prompt_tokens=prompt_tokens, steps=settings.steps)
     shape = ("--nodes", settings.units, "--ranks-per-node", settings.ranks // settings.units)
     slots = math.ceil(EXPERTS[name] * MORE_SLOTS / settings.ranks)
     load = ("--max-imbalance", settings.max_imbalance or MAX_IMBALANCE.get(name, 1.15))
@@ -226,10 +223,19 @@ def prepare(name: str, checkpoint: Path, corpus: Path, folder: Path, settings: S
         wanted |= {"home-affinity", "coherent-affinity"}
     for plan in wanted - {""}:
         path = folder / f"plan-{plan}.json"
-        exflow("place", trace, "-o", path, *shape, "--no-compare", "--effort", 8, *plans[plan])
+        exflow("place", trace, "-o", path, *shape, "--no-compare", "--effort", EFFORT, *plans[plan])
     module = [sys.executable, "-m", "scripts.peers.prepare", checkpoint]
     counts = ("--requests", requests, "--prompt-tokens", prompt_tokens, "--steps", settings.steps)
     call([*module, (corpus / "heldout").resolve(), "-o", folder / "prompts.jsonl", *counts])
+
+
+def profile(checkpoint: Path, corpus: Path, trace: Path, *, prompt_tokens: int, steps: int) -> None:
+    """Record decode's routing."""
+    exflow(
+        *("profile", checkpoint, corpus / "profile", "-o", trace, "--mode", "decode"),
+        *("--overwrite", "--prompt-tokens", prompt_tokens, "--new-tokens", steps),
+        *("--tokens", 20_000, "--batch-size", 64),
+    )
 
 
 def run_arms(

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from placement.rules import walk_layers
 from placement.strategies import PlacementOptions, get_strategy
 from placement.topology import Topology
 from placement.trace import RoutingTrace
-from placement.traffic import count_traffic, walk_layers
+from placement.traffic import count_traffic
 
 if TYPE_CHECKING:
     from placement.plan import PlacementPlan

@@ -4,7 +4,7 @@
     owner 0 -- row -----> rank 2 (relay) -- row --> rank 3
     owner 0 <-- sum ----- rank 2 (relay) <-- sum -- rank 3
 
-The relay is one of the ranks that run the token's experts (`placement.traffic.relays`), so there
+The relay is one of the ranks that run the token's experts (`placement.rules.relays`), so there
 are as many rows as in flat dispatch, and fewer of them on the slow links.
 
 Messages a MoE layer: four, two of them inside nodes, where flat dispatch has two. Rows cross with the

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from placement.traffic import relays
+from placement.rules import relays
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from exflow.runtime.experts import is_known
-from placement.traffic import choose_ranks, next_owner, relays
+from placement.rules import choose_ranks, next_owner, relays
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,7 +131,7 @@ class PlacementTables:
         return _computed(next_owner, ranks_TK, owner_T, self.domain_of_rank, ahead_TW)
 
     def relays(self, runs_TW: torch.Tensor, end_T: torch.Tensor) -> torch.Tensor:
-        """(T, W) `placement.traffic.relays`."""
+        """(T, W) `placement.rules.relays`."""
         return _computed(relays, runs_TW, end_T, self.node_of_rank)
 
     @cached_property
@@ -141,7 +141,7 @@ class PlacementTables:
 
 
 def _computed(rule: Callable[..., Any], *arrays: torch.Tensor | None) -> torch.Tensor:
-    """A rule of `placement.traffic`; on a CPU by NumPy, whose kernels start faster than PyTorch's."""
+    """A rule of `placement.rules`; on a CPU by NumPy, whose kernels start faster than PyTorch's."""
     if not all(array is None or is_known(array) for array in arrays):
         found: torch.Tensor = rule(*arrays)
         return found

@@ -1,4 +1,4 @@
-"""Compiled: one token's way through one layer, by the rules of `placement.traffic`.
+"""Compiled: one token's way through one layer, by the rules of `placement.rules`.
 
 Sets of ranks and of nodes are the bits of a 64-bit word, so a machine has at most 64 ranks here.
 """

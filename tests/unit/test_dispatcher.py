@@ -13,8 +13,8 @@ from exflow.runtime.rows import RowFormat
 from exflow.runtime.sharing import Routes, find_relays
 from exflow.runtime.tables import PlacementTables, order_by_rank, ranks_that_run
 from placement.plan import PlacementPlan, Strategy
+from placement.rules import choose_ranks
 from placement.topology import Topology
-from placement.traffic import choose_ranks
 
 CPU = torch.device("cpu")
 

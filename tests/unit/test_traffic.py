@@ -6,16 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.plan import PlacementPlan, Strategy
+from placement.rules import choose_ranks, next_owner, relays
 from placement.topology import Topology
 from placement.trace import RoutingTrace
-from placement.traffic import (
-    TrafficError,
-    choose_ranks,
-    count_traffic,
-    crossing_rate,
-    next_owner,
-    relays,
-)
+from placement.traffic import TrafficError, count_traffic, crossing_rate
 
 
 def make_trace(expert_ids, num_experts, sequence_ids=None):
