@@ -49,8 +49,9 @@ ARMS = {
     "auto/affinity": ("auto", "", "auto"),
 }
 PEERS = ("autoep", "transformers_ep", "deepspeed_moe")
-# Experts, experts a token, and a strength at which plans save what they save for gpt-oss-20b.
-PLANTED = {"planted-top1": (16, 1, 2.4), "planted-top4": (32, 4, 2.15)}
+# Experts, experts a token, and a strength at which plans save what they save for gpt-oss-20b
+# (planted_affinity.py).
+PLANTED = {"planted-top1": (16, 1, 2.4), "planted-top4": (32, 4, 2.4)}
 EXPERTS = {name: planted[0] for name, planted in PLANTED.items()}
 EXPERTS |= {"pile-moe-top1": 16, "pile-moe-top4": 32}
 # Requests in flight, enough that rows and not messages are what is sent, and tokens of a prompt.
