@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from placement.strategies import PlacementOptions, StrategyError, get_strategy
+from placement.timing import rows_by_kind
 from placement.traffic import count_traffic, crossing_rate, imbalance_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def measure(
     *,
     protocol: Protocol = "coherent",
     coherence_domain: int | None = None,
+    backend: str = "exflow",
     row_bytes: int | None = None,
     kv_bytes: int | None = None,
 ) -> dict[str, Any]:
@@ -38,6 +40,7 @@ def measure(
         plan: the plan.
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None means all.
+        backend: whose rows "sent" tells, inside nodes and between them.
         row_bytes: bytes of a row; without it the figures in bytes are None.
         kv_bytes: bytes of one token's keys and values at one layer.
     """
@@ -48,6 +51,14 @@ def measure(
     return {
         "strategy": plan.strategy.name,
         "rows_per_token": rows,
+        "sent": rows_by_kind(
+            trace,
+            plan,
+            backend=backend,
+            protocol=protocol,
+            coherence_domain=coherence_domain,
+            traffic=traffic,
+        ),
         "crossing_rate": crossing_rate(trace, plan),
         "imbalance": traffic.imbalance(),
         "node_imbalance": node_imbalance(traffic, plan.topology),
@@ -88,7 +99,13 @@ def compare_strategies(
             continue
         for protocol in _protocols(name, options.protocol):
             domain = options.coherence_domain if protocol == "coherent" else None
-            figures = measure(held_out, plan, protocol=protocol, coherence_domain=domain)
+            figures = measure(
+                held_out,
+                plan,
+                protocol=protocol,
+                coherence_domain=domain,
+                backend=options.backend,
+            )
             rows.append({"plan": f"{name}, {protocol}", **figures})
     return rows
 
@@ -144,7 +161,7 @@ def evaluate_null(
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Figures of `measure` as text, one line a plan."""
     width = max(len(row["plan"]) for row in rows)
-    base = next(row["rows_per_token"]["total"] for row in rows if "error" not in row)
+    base = next(sum(row["sent"].values()) for row in rows if "error" not in row)
     head = f"{'':{width}}  rows/token  vs first  inter-node  crossing  imbalance mean  max"
     return "\n".join([head, *(_line(row, width, base) for row in rows)])
 
@@ -152,10 +169,10 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _line(row: Mapping[str, Any], width: int, base: float) -> str:
     if "error" in row:
         return f"{row['plan']:{width}}  {row['error']}"
-    total = row["rows_per_token"]["total"]
+    total = sum(row["sent"].values())
     change = f"{100 * (total / base - 1):+.1f}%" if base else "-"
     return (
         f"{row['plan']:{width}}  {total:10.2f}  {change:>8}  "
-        f"{row['rows_per_token']['inter_node_dedup']:10.2f}  {row['crossing_rate']:8.3f}  "
+        f"{row['sent']['inter']:10.2f}  {row['crossing_rate']:8.3f}  "
         f"{row['imbalance']['mean']:14.3f}  {row['imbalance']['max']:.3f}"
     )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from placement.plan import PlacementPlan
     from placement.trace import RoutingTrace
-    from placement.traffic import Dispatch, Protocol
+    from placement.traffic import Dispatch, Protocol, Traffic
 
 FORECAST_MARGIN = 0.05
 Unit = Literal["rank", "node", "expert", "all"]
@@ -68,6 +68,11 @@ class Links:
             if not (value > 0 or (value == 0 and "latency" in name)):
                 msg = f"{name} must be above 0, got {value}"
                 raise TimingError(msg)
+
+    @property
+    def intra_node_cost(self) -> float:
+        """What a row inside a node costs where a row between nodes costs 1."""
+        return min(1.0, self.inter_bandwidth / self.intra_bandwidth)
 
     @classmethod
     def load(cls, path: Path) -> Links:
@@ -109,8 +114,17 @@ def rows_by_kind(
     backend: str,
     protocol: Protocol,
     coherence_domain: int | None = None,
+    traffic: Traffic | None = None,
 ) -> dict[str, float]:
     """Rows per token inside nodes and between nodes, both ways, all layers, as a backend sends.
+
+    Args:
+        trace: recorded routing.
+        plan: where experts are.
+        backend: one of `BACKENDS`.
+        protocol: "home" or "coherent".
+        coherence_domain: ranks in a coherence domain; None means all.
+        traffic: of these, if it has been counted.
 
     Raises:
         TimingError: if the backend is unknown.
@@ -123,7 +137,9 @@ def rows_by_kind(
         return {"intra": float(phases * inner), "inter": float(phases * (ranks - 1 - inner))}
     if unit == "expert":
         return _rows_by_expert(trace, plan, 1 if protocol == "home" else coherence_domain)
-    traffic = count_traffic(trace, plan, protocol=protocol, coherence_domain=coherence_domain)
+    traffic = traffic or count_traffic(
+        trace, plan, protocol=protocol, coherence_domain=coherence_domain
+    )
     rows = traffic.rows_per_token()
     inter = rows["inter_node_dedup" if unit == "node" else "inter_node"]
     return {"intra": rows["total"] - inter, "inter": inter}

@@ -46,10 +46,25 @@ def place(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same plan.")] = 0,
     protocol: Annotated[
-        Literal["home", "coherent"], typer.Option(help="home or coherent.")
-    ] = "coherent",
+        Literal["home", "coherent"] | None,
+        typer.Option(help="home or coherent; by default coherent, home for other backends."),
+    ] = None,
     coherence_domain: Annotated[
         int | None, typer.Option(help="Ranks that share KV caches; all unless given.")
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Whose rows to save: exflow, deepep-v2, deepep-ll, nvlink-one-sided, nccl-ep, "
+            "pplx, deepspeed."
+        ),
+    ] = "exflow",
+    links: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON with bandwidths of the links, which say what a row inside a node costs "
+            "beside one between nodes; by default a ninth."
+        ),
     ] = None,
     effort: Annotated[
         float,
@@ -94,6 +109,7 @@ def place(
     from placement.interop.counts import COUNTS, LOAD_STRATEGIES, require_routing
     from placement.plan import PlacementPlan
     from placement.strategies import PlacementOptions
+    from placement.timing import Links
     from placement.topology import Topology
     from placement.trace import RoutingTrace, merge_traces
 
@@ -106,14 +122,17 @@ def place(
         seed=seed,
         max_imbalance=max_imbalance,
         mean_imbalance=mean_imbalance,
-        protocol=protocol,
+        protocol=protocol or ("coherent" if backend == "exflow" else "home"),
         coherence_domain=coherence_domain,
+        backend=backend,
         effort=effort,
         time_limit=time_limit,
         start=None if start is None else PlacementPlan.load(start),
         max_moves=max_moves,
         spread=spread,
     )
+    if links is not None:
+        options = replace(options, intra_node_cost=Links.load(links).intra_node_cost)
     if weights is not None:
         given = _token_weights(parts, weights, topology, slots_per_rank, options)
         options = replace(options, token_weights=given)
@@ -173,6 +192,7 @@ def _write_plan(
 
     from placement.bounds import lower_bound
     from placement.strategies import get_strategy
+    from placement.timing import rows_by_kind
     from placement.traffic import count_traffic
 
     plan = get_strategy(strategy)(trace, topology, slots_per_rank=slots_per_rank, options=options)
@@ -189,6 +209,14 @@ def _write_plan(
     plan = replace(plan, predicted=predicted, bound=bound)
     plan.save(output)
     imbalance = traffic.imbalance()
+    if options.backend != "exflow":
+        sent = rows_by_kind(
+            trace, plan, backend=options.backend, protocol=options.protocol, traffic=traffic
+        )
+        typer.echo(
+            f"{options.backend} sends {sent['intra']:.2f} rows/token inside nodes and "
+            f"{sent['inter']:.2f} between them"
+        )
     typer.echo(
         f"{output}: {plan.strategy.name}, {topology.num_ranks} ranks, {plan.num_slots} slots\n"
         f"{rows:.2f} rows/token at imbalance {imbalance['mean']:.3f} on the trace itself; no plan "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from placement.search.walk import route_all
+from placement.search.walk import UNITS, route_all
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +49,8 @@ class Machine(NamedTuple):
         node_of_rank: int64 (W,).
         domain_of_rank: int64 (W,).
         ranks_of_node: uint64 (nodes,) bits of a node's ranks.
-        row_cost: float64 (2,) cost of a row between ranks, and extra cost of entering a node.
+        row_cost: float64 (2,) cost of a row between ranks, and what more it costs between nodes.
+        unit: int64 (1,) what a row is sent for, an index into `UNITS`.
         outlook: int32 (L, E, W) of the plan (see `PlacementPlan.outlook`), empty without.
     """
 
@@ -57,6 +58,7 @@ class Machine(NamedTuple):
     domain_of_rank: NDArray[np.int64]
     ranks_of_node: NDArray[np.uint64]
     row_cost: NDArray[np.float64]
+    unit: NDArray[np.int64]
     outlook: NDArray[np.int32]
 
 
@@ -250,13 +252,24 @@ def hosts_of(layout: Layout, num_experts: int) -> NDArray[np.bool_]:
     return hosts[:, :num_experts]
 
 
-def make_machine(topology: Topology, *, domain: int | None, intra: float, inter: float) -> Machine:
-    """The ranks and prices: `intra` a row inside a node, `inter` the first row into a node."""
+def make_machine(
+    topology: Topology, *, domain: int | None, intra: float, inter: float, unit: str = "node"
+) -> Machine:
+    """The ranks and prices: `intra` a row inside a node, `inter` a row between nodes.
+
+    Args:
+        topology: ranks and nodes.
+        domain: ranks in a coherence domain; None: all.
+        intra: cost.
+        inter: cost.
+        unit: one of `UNITS`; "node": only the first row into a node costs `inter`.
+    """
     return Machine(
         node_of_rank=topology.node_of_rank,
         domain_of_rank=topology.domain_of_rank(domain),
         ranks_of_node=_node_bits(topology),
         row_cost=np.array([intra, inter - intra], dtype=np.float64),
+        unit=np.array([UNITS.index(unit)], dtype=np.int64),
         outlook=np.zeros((0, 0, 0), dtype=np.int32),
     )
 

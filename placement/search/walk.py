@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MAX_RANKS = 64
 ONE = np.uint64(1)
+UNITS = ("node", "rank", "expert")  # of placement.timing
+EACH_RANK, EACH_EXPERT = 1, 2
 
 
 @kernel
@@ -102,13 +104,31 @@ def visit(
         chosen |= ONE << np.uint64(rank)
         visited |= machine.ranks_of_node[node_of_rank[rank]]
     best = best_owner(layer, token, owner, ids, machine, choice)
+    if machine.unit[0] == EACH_EXPERT:
+        return best, cost_by_expert(machine, choice, owner) + cost_by_expert(machine, choice, best)
     cost = machine.row_cost[0] * rows_between(chosen, owner, best)
-    if machine.row_cost[1] > 0.0:
+    if machine.row_cost[1] > 0.0 and machine.unit[0] == EACH_RANK:
+        far = chosen & ~own_node
+        far_of_best = chosen & ~machine.ranks_of_node[node_of_rank[best]]
+        cost += machine.row_cost[1] * (count_bits(far) + count_bits(far_of_best))
+    elif machine.row_cost[1] > 0.0:
         nodes: Word = np.uint64(0)
         for k in range(top_k):
             nodes |= ONE << np.uint64(node_of_rank[choice[k]])
         cost += machine.row_cost[1] * rows_between(nodes, node_of_rank[owner], node_of_rank[best])
     return best, cost
+
+
+@kernel
+def cost_by_expert(machine: Machine, choice: Array, end: Number) -> Number:
+    """What rows cost between a token's owner and its experts, one for each expert."""
+    cost: Number = 0.0
+    for rank in choice:
+        if rank != end:
+            cost += machine.row_cost[0]
+            if machine.node_of_rank[rank] != machine.node_of_rank[end]:
+                cost += machine.row_cost[1]
+    return cost
 
 
 @kernel

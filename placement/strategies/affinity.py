@@ -30,6 +30,7 @@ from placement.search.state import (
 from placement.search.walk import MAX_RANKS, total_cost
 from placement.strategies.large import place_by_node
 from placement.strategies.options import PlacementOptions, StrategyError, slots_per_rank_for
+from placement.timing import unit_of
 from placement.traffic import imbalance_of
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def place(
     """
     options = options or PlacementOptions()
     num_slots = slots_per_rank_for(trace, topology, slots_per_rank)
+    _check_backend(options.backend, num_slots * topology.num_ranks > trace.num_experts)
     if topology.num_ranks > MAX_RANKS:
         return place_by_node(place, trace, topology, num_slots, options)
     caps = _caps(options)
@@ -139,7 +141,13 @@ def _start(
         parts=PARTS if is_even else 0,
     )
     intra = options.intra_node_cost if topology.num_nodes > 1 else 1.0
-    machine = make_machine(topology, domain=options.domain_size, intra=intra, inter=1.0)
+    machine = make_machine(
+        topology,
+        domain=options.domain_size,
+        intra=intra,
+        inter=1.0,
+        unit=unit_of(options.backend),
+    )
     if options.start is None:
         hosts = _fresh_hosts(trace, tokens, machine, options)
     else:
@@ -193,6 +201,27 @@ def _hosts_of_start(
         )
         raise StrategyError(msg)
     return plan.hosts()
+
+
+def _check_backend(backend: str, has_spare_slots: bool) -> None:
+    """Affinity needs rows that depend on the placement.
+
+    Raises:
+        StrategyError: if a backend sends the same rows wherever experts are.
+    """
+    unit = unit_of(backend)
+    if unit == "all":
+        msg = (
+            f"{backend} sends all tokens to all ranks whatever the placement: only even load is "
+            f"left to gain; use --strategy balanced"
+        )
+        raise StrategyError(msg)
+    if unit == "expert" and not has_spare_slots:
+        msg = (
+            f"{backend} sends a row for each expert of a token, as many wherever single copies "
+            f"are: use --strategy balanced, or more --slots-per-rank for copies near the tokens"
+        )
+        raise StrategyError(msg)
 
 
 def _check_cap(load: NDArray[np.float64], cap: float, trace: RoutingTrace) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from placement.errors import UserError
 from placement.plan import PlacementPlan
+from placement.timing import unit_of
 from placement.traffic import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class PlacementOptions:
         coherence_domain: ranks in a coherence domain; None means all.
         effort: how much search; 1 is the default, half takes half the time.
         time_limit: seconds after which the best plan so far is taken; None: no limit.
+        backend: whose rows are counted, of `placement.timing.BACKENDS`; all but exflow bring
+            tokens home.
         intra_node_cost: cost of a row inside a node, where a row between nodes costs 1.
         start: a plan to start from; None: a fresh one.
         max_moves: copies that may be where `start` has none; None: any number.
@@ -49,6 +52,7 @@ class PlacementOptions:
     coherence_domain: int | None = None
     effort: float = 1.0
     time_limit: float | None = None
+    backend: str = "exflow"
     intra_node_cost: float = 0.11
     start: PlacementPlan | None = None
     max_moves: int | None = None
@@ -58,6 +62,13 @@ class PlacementOptions:
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             msg = f"unknown protocol {self.protocol!r}; choose home or coherent"
+            raise StrategyError(msg)
+        unit_of(self.backend)
+        if self.backend != "exflow" and self.protocol != "home":
+            msg = (
+                f"{self.backend} brings tokens home after every layer, so its plans are for "
+                f"--protocol home; only exflow has --protocol coherent"
+            )
             raise StrategyError(msg)
         for name in ("max_imbalance", "mean_imbalance"):
             value = getattr(self, name)
@@ -84,6 +95,7 @@ class PlacementOptions:
         named = {
             "protocol": self.protocol,
             "coherence_domain": self.coherence_domain,
+            "backend": None if self.backend == "exflow" else self.backend,
             "max_imbalance": self.max_imbalance,
             "mean_imbalance": self.mean_imbalance,
             "effort": self.effort,

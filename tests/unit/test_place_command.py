@@ -38,6 +38,23 @@ def test_place_writes_a_plan_and_ends_with_a_held_out_table(folder):
     assert table.strip().splitlines()[-1].startswith("affinity")
 
 
+def test_place_saves_the_rows_of_a_backend(folder):
+    (folder / "links.json").write_text('{"intra_bandwidth": 1e9, "inter_bandwidth": 5e8}')
+    machine = ("--nodes", "2", "--ranks-per-node", "2", "--backend", "nccl-ep")
+    done = place(folder, "nccl.json", *machine, "--links", "links.json", "--time-limit", "5")
+    assert done.returncode == 0, done.stderr
+    assert "nccl-ep sends" in done.stdout.splitlines()[0]
+    table = done.stdout.split("held-out")[1].strip().splitlines()
+    assert table[-1].startswith("affinity, home")
+    plan = PlacementPlan.load(folder / "nccl.json")
+    assert plan.strategy.options["backend"] == "nccl-ep"
+    assert plan.predicted["protocol"] == "home"
+    done = place(folder, "none.json", *machine, "--protocol", "coherent")
+    assert done.returncode == 2
+    assert "nccl-ep brings tokens home" in done.stderr
+    assert not (folder / "none.json").exists()
+
+
 def test_simulate_prints_one_json_line_that_agrees_with_the_plan(folder):
     assert place(folder, "a.json", "--no-compare").returncode == 0
     assert place(folder, "b.json", "--no-compare", "--strategy", "linear").returncode == 0

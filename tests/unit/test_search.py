@@ -22,6 +22,7 @@ from placement.search.state import (
     token_order,
 )
 from placement.search.walk import total_cost
+from placement.timing import rows_by_kind, unit_of
 from placement.topology import Topology
 from placement.trace import RoutingTrace
 from placement.traffic import count_traffic, crossing_rate, imbalance_of
@@ -89,6 +90,22 @@ def test_the_search_counts_rows_and_load_as_the_traffic_model_does(nodes, per_no
         assert rows == pytest.approx(traffic.rows_per_token()[expected], abs=1e-9)
         assert (flow.load == traffic.load).all()
     assert (hosts_of(layout, trace.num_experts) == hosts).all()
+
+
+@pytest.mark.parametrize("extra", [0, 6])
+@pytest.mark.parametrize("backend", ["deepep-v2", "nccl-ep", "deepep-ll"])
+def test_the_search_prices_the_rows_of_each_backend(backend, extra):
+    trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
+    topology = Topology(num_nodes=2, ranks_per_node=3)
+    hosts = random_hosts(trace, topology.num_ranks, extra, seed=1)
+    plan = plan_of(hosts, trace, topology)
+    rows = rows_by_kind(trace, plan, backend=backend, protocol="home")
+    tokens = make_tokens(trace, num_ranks=topology.num_ranks, seed=0)
+    prices = {"intra": 0.25, "inter": 1.0}
+    machine = make_machine(topology, domain=1, unit=unit_of(backend), **prices)
+    flow = make_flow(tokens, machine, make_layout(hosts, slots_per_rank=12))
+    expected = sum(rows[kind] * price for kind, price in prices.items())
+    assert total_cost(tokens, flow) / trace.num_tokens == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("extra", [0, 6])

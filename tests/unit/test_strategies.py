@@ -11,6 +11,7 @@ from placement.strategies import STRATEGIES, PlacementOptions, StrategyError, ge
 from placement.strategies.balanced import balance_layer, pack, replicate
 from placement.strategies.exflow_milp import split
 from placement.strategies.moetuner import assign_clusters, cluster_experts
+from placement.timing import TimingError, rows_by_kind
 from placement.topology import Topology
 from placement.traffic import count_traffic, crossing_rate
 from planted import planted_trace
@@ -50,6 +51,34 @@ def test_spare_slots_hold_replicas(name, topology, trace):
     plan = place(name, trace, topology, 5)
     assert max(len(experts) for ranks in plan.slots for experts in ranks) == 5
     assert plan.has_replicas
+
+
+@pytest.mark.parametrize(
+    ("backend", "slots"), [("deepep-v2", 4), ("nccl-ep", 4), ("nccl-ep", 5), ("deepep-ll", 5)]
+)
+def test_affinity_saves_the_rows_of_a_backend(backend, slots, trace):
+    fit, held_out = trace.split()
+    chosen, other = (
+        place(name, fit, TWO_BY_TWO, slots, protocol="home", backend=backend, effort=1.0)
+        for name in ("affinity", "balanced")
+    )
+    ours, theirs = (
+        rows_by_kind(held_out, plan, backend=backend, protocol="home") for plan in (chosen, other)
+    )
+    assert ours["inter"] < theirs["inter"]
+    assert sum(ours.values()) < sum(theirs.values())
+
+
+def test_where_a_backend_sends_the_same_rows_affinity_says_so(trace):
+    with pytest.raises(StrategyError, match=r"agrs .* use --strategy balanced"):
+        place("affinity", trace, FOUR, 5, protocol="home", backend="agrs")
+    with pytest.raises(StrategyError, match=r"deepep-ll .* more --slots-per-rank"):
+        place("affinity", trace, FOUR, 4, protocol="home", backend="deepep-ll")
+    with pytest.raises(StrategyError, match="brings tokens home"):
+        place("affinity", trace, FOUR, 5, backend="nccl-ep")
+    with pytest.raises(TimingError, match="unknown backend 'mpi'"):
+        place("affinity", trace, FOUR, 5, backend="mpi")
+    assert place("balanced", trace, FOUR, 4, protocol="home", backend="agrs").num_ranks == 4
 
 
 @pytest.mark.parametrize("name", ["linear", "random", "balanced", "affinity"])

@@ -61,6 +61,12 @@ def test_allgather_sends_the_same_rows_whatever_the_plan(trace, plan):
     assert [b for b in BACKENDS if not moves_with_placement(b)] == ["agrs"]
 
 
+def test_links_say_what_a_row_inside_a_node_costs():
+    assert Links().intra_node_cost == pytest.approx(1 / 9)
+    assert Links(intra_bandwidth=2.0, inter_bandwidth=1.0).intra_node_cost == 0.5
+    assert Links(intra_bandwidth=1.0, inter_bandwidth=8.0).intra_node_cost == 1.0
+
+
 def test_replicated_rows_are_those_that_the_traffic_model_counts(trace, plan):
     traffic = count_traffic(trace, plan, dispatch="replicated").rows_per_token()
     rows = replicated_rows(plan)
