@@ -275,6 +275,18 @@ def advise(
     return sorted(choices, key=lambda choice: caution(choice["step_us"], choice["protocol"]))
 
 
-def moves_with_placement(backend: str) -> bool:
-    """Whether a backend's traffic depends on the placement at all."""
-    return unit_of(backend) != "all"
+def why_no_gain(backend: str, *, has_copies: bool) -> str | None:
+    """Why a backend sends the same rows wherever experts are; None if it does not.
+
+    Args:
+        backend: one of `BACKENDS`.
+        has_copies: whether experts may have several.
+    """
+    unit = unit_of(backend)
+    if unit == "all":
+        return f"{backend} sends all tokens to all ranks whatever the placement"
+    if unit == "expert" and not has_copies:
+        return (
+            f"{backend} sends a row for each expert of a token, as many wherever single copies are"
+        )
+    return None

@@ -92,11 +92,13 @@ def _advice(
     shape: Shape,
     links: Links,
 ) -> dict[str, Any]:
-    from placement.timing import advise, moves_with_placement
+    from placement.timing import advise, why_no_gain
 
+    reason = why_no_gain(backend, has_copies=any(plan.has_replicas for plan in plans))
     return {
         "backend": backend,
-        "gain_possible": moves_with_placement(backend),
+        "gain_possible": reason is None,
+        "reason": reason,
         "plans": [
             {
                 "plan": str(path),
@@ -112,7 +114,7 @@ def _advice_lines(advice: dict[str, Any] | None) -> list[str]:
         return []
     lines = [f"\n{advice['backend']}, microseconds a step on the wire, the fastest first"]
     if not advice["gain_possible"]:
-        lines.append("no gain possible: this backend sends the same rows whatever the placement")
+        lines.append(f"no gain possible: {advice['reason']}")
     for plan in advice["plans"]:
         lines += [f"{plan['plan']}  {_choice_line(choice)}" for choice in plan["choices"]]
     return lines

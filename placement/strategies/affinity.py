@@ -30,7 +30,7 @@ from placement.search.state import (
 from placement.search.walk import MAX_RANKS, total_cost
 from placement.strategies.large import place_by_node
 from placement.strategies.options import PlacementOptions, StrategyError, slots_per_rank_for
-from placement.timing import unit_of
+from placement.timing import unit_of, why_no_gain
 from placement.traffic import imbalance_of
 
 if TYPE_CHECKING:
@@ -209,19 +209,13 @@ def _check_backend(backend: str, has_spare_slots: bool) -> None:
     Raises:
         StrategyError: if a backend sends the same rows wherever experts are.
     """
-    unit = unit_of(backend)
-    if unit == "all":
-        msg = (
-            f"{backend} sends all tokens to all ranks whatever the placement: only even load is "
-            f"left to gain; use --strategy balanced"
-        )
-        raise StrategyError(msg)
-    if unit == "expert" and not has_spare_slots:
-        msg = (
-            f"{backend} sends a row for each expert of a token, as many wherever single copies "
-            f"are: use --strategy balanced, or more --slots-per-rank for copies near the tokens"
-        )
-        raise StrategyError(msg)
+    reason = why_no_gain(backend, has_copies=has_spare_slots)
+    if reason is None:
+        return
+    msg = f"{reason}: only even load is left to gain; use --strategy balanced"
+    if why_no_gain(backend, has_copies=True) is None:
+        msg += ", or more --slots-per-rank for copies near the tokens"
+    raise StrategyError(msg)
 
 
 def _check_cap(load: NDArray[np.float64], cap: float, trace: RoutingTrace) -> None:

@@ -70,7 +70,9 @@ def test_simulate_prints_one_json_line_that_agrees_with_the_plan(folder):
 def test_simulate_says_where_no_gain_is_possible(folder):
     place(folder, "b.json", "--no-compare", "--strategy", "linear")
     done = call(folder, "simulate", "trace.safetensors", "b.json", "--backend", "agrs")
-    assert "no gain possible" in done.stdout
+    assert "no gain possible: agrs sends all tokens to all ranks" in done.stdout
+    done = call(folder, "simulate", "trace.safetensors", "b.json", "--backend", "deepep-ll")
+    assert "no gain possible: deepep-ll sends a row for each expert" in done.stdout
     done = call(folder, "simulate", "trace.safetensors", "b.json", "--backend", "exflow")
     assert "domain 4" in done.stdout
 
