@@ -48,6 +48,8 @@ BACKENDS: dict[str, Unit] = {
     "deepspeed": "expert",
     "agrs": "all",
 }
+WITHOUT_COPIES = ("deepspeed",)
+CHUNK_CELLS = 1 << 22
 
 
 class TimingError(UserError):
@@ -168,19 +170,23 @@ def unit_of(backend: str) -> Unit:
 def _rows_by_expert(
     trace: RoutingTrace, plan: PlacementPlan, domain: int | None
 ) -> dict[str, float]:
-    node = plan.topology.node_of_rank
-    steps = walk_layers(
-        trace.expert_ids.astype(np.int64),
-        (trace.sequence_ids % plan.num_ranks).astype(np.int64),
-        plan.hosts().astype(np.int64),
-        node_of_rank=node,
-        domain_of_rank=plan.topology.domain_of_rank(domain),
-    )
+    node, hosts = plan.topology.node_of_rank, plan.hosts().astype(np.int64)
+    domain_of_rank = plan.topology.domain_of_rank(domain)
+    chunk = max(1, CHUNK_CELLS // (plan.num_ranks * (trace.top_k + 4)))
     total = inter = 0
-    for step in steps:
-        for end in (step.owner, step.next_owner):
-            total += int((step.rank_of_choice != end[:, None]).sum())
-            inter += int((node[step.rank_of_choice] != node[end][:, None]).sum())
+    for start in range(0, trace.num_tokens, chunk):
+        part = slice(start, start + chunk)
+        steps = walk_layers(
+            trace.expert_ids[part].astype(np.int64),
+            (trace.sequence_ids[part] % plan.num_ranks).astype(np.int64),
+            hosts,
+            node_of_rank=node,
+            domain_of_rank=domain_of_rank,
+        )
+        for step in steps:
+            for end in (step.owner, step.next_owner):
+                total += int((step.rank_of_choice != end[:, None]).sum())
+                inter += int((node[step.rank_of_choice] != node[end][:, None]).sum())
     return {"intra": (total - inter) / trace.num_tokens, "inter": inter / trace.num_tokens}
 
 
@@ -285,7 +291,7 @@ def why_no_gain(backend: str, *, has_copies: bool) -> str | None:
     unit = unit_of(backend)
     if unit == "all":
         return f"{backend} sends all tokens to all ranks whatever the placement"
-    if unit == "expert" and not has_copies:
+    if unit == "expert" and (not has_copies or backend in WITHOUT_COPIES):
         return (
             f"{backend} sends a row for each expert of a token, as many wherever single copies are"
         )

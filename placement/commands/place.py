@@ -108,11 +108,14 @@ def place(
 
     from placement.interop.counts import COUNTS, LOAD_STRATEGIES, require_routing
     from placement.plan import PlacementPlan
-    from placement.strategies import PlacementOptions
+    from placement.strategies import PlacementOptions, StrategyError
     from placement.timing import Links
     from placement.topology import Topology
     from placement.trace import RoutingTrace, merge_traces
 
+    if backend != "exflow" and (evaluate or weights == "fair"):
+        msg = f"--evaluate and --weights fair count exflow's rows; leave them out with {backend}"
+        raise StrategyError(msg)
     parts = [RoutingTrace.load(path) for path in traces]
     trace = merge_traces(parts)
     if evaluate or strategy.replace("-", "_") not in LOAD_STRATEGIES:
@@ -192,7 +195,7 @@ def _write_plan(
 
     from placement.bounds import lower_bound
     from placement.strategies import get_strategy
-    from placement.timing import rows_by_kind
+    from placement.timing import rows_by_kind, unit_of
     from placement.traffic import count_traffic
 
     plan = get_strategy(strategy)(trace, topology, slots_per_rank=slots_per_rank, options=options)
@@ -201,27 +204,24 @@ def _write_plan(
         "coherence_domain": options.coherence_domain,
     }
     traffic = count_traffic(trace, plan, **setting)
-    rows = traffic.rows_per_token()["total"]
-    fullest = max(len(experts) for ranks in plan.slots for experts in ranks)
-    bound = lower_bound(trace, topology, slots_per_rank=fullest, **setting).summary(rows)
+    sent = rows_by_kind(trace, plan, backend=options.backend, traffic=traffic, **setting)
     home = traffic if options.protocol == "home" else count_traffic(trace, plan, protocol="home")
-    predicted = {**setting, **_figures(traffic), "home": _figures(home), **plan.predicted}
-    plan = replace(plan, predicted=predicted, bound=bound)
+    predicted = {**setting, **_figures(traffic), "sent": sent, "home": _figures(home)}
+    fullest = max(len(experts) for ranks in plan.slots for experts in ranks)
+    bound = lower_bound(trace, topology, slots_per_rank=fullest, **setting)
+    summary = bound.summary(traffic.rows_per_token()["total"])
+    plan = replace(plan, predicted={**predicted, **plan.predicted}, bound=summary)
     plan.save(output)
-    imbalance = traffic.imbalance()
-    if options.backend != "exflow":
-        sent = rows_by_kind(
-            trace, plan, backend=options.backend, protocol=options.protocol, traffic=traffic
-        )
-        typer.echo(
-            f"{options.backend} sends {sent['intra']:.2f} rows/token inside nodes and "
-            f"{sent['inter']:.2f} between them"
-        )
+    total, imbalance = sum(sent.values()), traffic.imbalance()
+    between = f" ({sent['inter']:.2f} between nodes)" if topology.num_nodes > 1 else ""
+    limit = (
+        f"; no plan without a load cap goes below {summary['rows_per_token']:.2f} "
+        f"({summary['method']} bound, gap {100 * summary['gap']:.0f}%)"
+    )
     typer.echo(
         f"{output}: {plan.strategy.name}, {topology.num_ranks} ranks, {plan.num_slots} slots\n"
-        f"{rows:.2f} rows/token at imbalance {imbalance['mean']:.3f} on the trace itself; no plan "
-        f"without a load cap goes below {bound['rows_per_token']:.2f} ({bound['method']} bound, "
-        f"gap {100 * bound['gap']:.0f}%)"
+        f"{total:.2f} rows/token{between} at imbalance {imbalance['mean']:.3f} on the trace itself"
+        f"{limit if unit_of(options.backend) in ('node', 'rank') else ''}"
     )
 
 

@@ -20,8 +20,9 @@ def simulate(
     trace: Annotated[Path, typer.Argument(help="Routing trace to count on.")],
     plans: Annotated[list[Path], typer.Argument(help="Plans to compare.")],
     protocol: Annotated[
-        Literal["home", "coherent"], typer.Option(help="home or coherent.")
-    ] = "coherent",
+        Literal["home", "coherent"] | None,
+        typer.Option(help="home or coherent; by default coherent, home for other backends."),
+    ] = None,
     coherence_domain: Annotated[
         int | None, typer.Option(help="Ranks that share KV caches; all unless given.")
     ] = None,
@@ -48,8 +49,9 @@ def simulate(
     from placement.timing import Links, Shape, unit_of
     from placement.trace import RoutingTrace
 
-    if backend is not None:
-        unit_of(backend)
+    sender = backend or "exflow"
+    unit_of(sender)
+    protocol = protocol or ("coherent" if sender == "exflow" else "home")
     routing = RoutingTrace.load(trace)
     loaded = [PlacementPlan.load(path) for path in plans]
     rows = [
@@ -60,6 +62,7 @@ def simulate(
                 plan,
                 protocol=protocol,
                 coherence_domain=coherence_domain,
+                backend=sender,
                 row_bytes=None if hidden_size is None else hidden_size * element_bytes,
                 kv_bytes=None if kv_elements is None else kv_elements * element_bytes,
             ),

@@ -2,7 +2,7 @@
 
 First without replicas on pair counts, then simulated annealing on the true cost: every change of a
 layout is priced by routing again the tokens that use the experts concerned, by the same rules as
-`placement.traffic`, owners and replicas included. Changes: two experts of a layer exchange ranks;
+`placement.rules`, owners and replicas included. Changes: two experts of a layer exchange ranks;
 with spare slots a replica is added or moves. More than 64 ranks: the same for nodes, then the
 experts of a node go to its ranks by load.
 """
@@ -66,7 +66,13 @@ def place(
     num_slots = slots_per_rank_for(trace, topology, slots_per_rank)
     _check_backend(options.backend, num_slots * topology.num_ranks > trace.num_experts)
     if topology.num_ranks > MAX_RANKS:
-        return place_by_node(place, trace, topology, num_slots, options)
+        return place_by_node(_place, trace, topology, num_slots, options)
+    return _place(trace, topology, num_slots, options)
+
+
+def _place(
+    trace: RoutingTrace, topology: Topology, num_slots: int, options: PlacementOptions
+) -> PlacementPlan:
     caps = _caps(options)
     search = _solve(trace, topology, num_slots, options, caps)
     flow = search.flow()

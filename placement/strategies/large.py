@@ -14,14 +14,15 @@ from placement.strategies.options import PlacementOptions, StrategyError
 from placement.topology import Topology
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
-    from placement.strategies.options import Place
     from placement.trace import RoutingTrace
 
 
 def place_by_node(
-    place: Place,
+    place: Callable[[RoutingTrace, Topology, int, PlacementOptions], PlacementPlan],
     trace: RoutingTrace,
     topology: Topology,
     num_slots: int,
@@ -29,8 +30,10 @@ def place_by_node(
 ) -> PlacementPlan:
     """Places on nodes as if they were ranks, then inside each node.
 
+    So a backend that sends a row to each rank is priced as if it sent one to each node.
+
     Args:
-        place: the strategy for nodes.
+        place: the strategy for nodes: trace, nodes, slots and options to a plan.
         trace: recorded routing.
         topology: more than 64 ranks, at most 64 nodes.
         num_slots: slots of a rank.
@@ -52,9 +55,7 @@ def place_by_node(
         trace.num_experts,
         -(-trace.num_experts // topology.num_nodes) + _spare(trace, topology, num_slots),
     )
-    plan = place(
-        trace, nodes, slots_per_rank=node_slots, options=replace(options, coherence_domain=None)
-    )
+    plan = place(trace, nodes, node_slots, replace(options, coherence_domain=None))
     on_node = plan.hosts()
     hosts = np.zeros((trace.num_layers, trace.num_experts, topology.num_ranks), dtype=np.bool_)
     for layer in range(trace.num_layers):

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from placement.trace import RoutingTrace
 
 
+INTRA_NODE_COST = 0.11
+
+
 class StrategyError(UserError):
     """Options that no placement can satisfy, or an unknown strategy."""
 
@@ -53,7 +56,7 @@ class PlacementOptions:
     effort: float = 1.0
     time_limit: float | None = None
     backend: str = "exflow"
-    intra_node_cost: float = 0.11
+    intra_node_cost: float = INTRA_NODE_COST
     start: PlacementPlan | None = None
     max_moves: int | None = None
     spread: bool = False
@@ -96,6 +99,9 @@ class PlacementOptions:
             "protocol": self.protocol,
             "coherence_domain": self.coherence_domain,
             "backend": None if self.backend == "exflow" else self.backend,
+            "intra_node_cost": None
+            if self.intra_node_cost == INTRA_NODE_COST
+            else round(self.intra_node_cost, 6),
             "max_imbalance": self.max_imbalance,
             "mean_imbalance": self.mean_imbalance,
             "effort": self.effort,

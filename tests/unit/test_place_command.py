@@ -43,15 +43,26 @@ def test_place_saves_the_rows_of_a_backend(folder):
     machine = ("--nodes", "2", "--ranks-per-node", "2", "--backend", "nccl-ep")
     done = place(folder, "nccl.json", *machine, "--links", "links.json", "--time-limit", "5")
     assert done.returncode == 0, done.stderr
-    assert "nccl-ep sends" in done.stdout.splitlines()[0]
+    assert "between nodes) at imbalance" in done.stdout.splitlines()[1]
     table = done.stdout.split("held-out")[1].strip().splitlines()
     assert table[-1].startswith("affinity, home")
     plan = PlacementPlan.load(folder / "nccl.json")
     assert plan.strategy.options["backend"] == "nccl-ep"
+    assert plan.strategy.options["intra_node_cost"] == 0.5
     assert plan.predicted["protocol"] == "home"
+    rows = plan.predicted["rows_per_token"]
+    assert plan.predicted["sent"]["inter"] == rows["inter_node"] > rows["inter_node_dedup"]
+    words = ("simulate", "trace.safetensors", "nccl.json", "--backend", "nccl-ep", "--json")
+    counted = json.loads(call(folder, *words).stdout)
+    assert counted["protocol"] == "home"
+    assert counted["plans"][0]["sent"] == plan.predicted["sent"]
     done = place(folder, "none.json", *machine, "--protocol", "coherent")
     assert done.returncode == 2
     assert "nccl-ep brings tokens home" in done.stderr
+    for words in (("--evaluate",), ("--weights", "fair")):
+        done = place(folder, "none.json", *machine, *words)
+        assert done.returncode == 2
+        assert "count exflow's rows; leave them out with nccl-ep" in done.stderr
     assert not (folder / "none.json").exists()
 
 

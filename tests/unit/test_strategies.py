@@ -81,6 +81,16 @@ def test_where_a_backend_sends_the_same_rows_affinity_says_so(trace):
     assert place("balanced", trace, FOUR, 4, protocol="home", backend="agrs").num_ranks == 4
 
 
+@pytest.mark.parametrize("nodes", [1, 9])
+@pytest.mark.parametrize("backend", ["nccl-ep", "deepep-ll"])
+def test_more_than_64_ranks_take_a_backend(nodes, backend):
+    trace = planted_trace(experts=72, topics=8, top_k=4, tokens=400)
+    topology = Topology(num_nodes=nodes, ranks_per_node=72 // nodes)
+    plan = place("affinity", trace, topology, 2, protocol="home", backend=backend)
+    assert plan.has_replicas
+    assert plan.strategy.options["backend"] == backend
+
+
 @pytest.mark.parametrize("name", ["linear", "random", "balanced", "affinity"])
 def test_the_same_seed_writes_the_same_bytes(name, trace, tmp_path):
     for file in ("a.json", "b.json"):
