@@ -1,7 +1,7 @@
 """Where a token's experts run, who owns it next, by whom its row passes: what planner and runtime agree on.
 
-The functions take NumPy arrays or torch tensors: only operations that both libraries spell alike
-are used.
+The rules take NumPy arrays or torch tensors: only operations that both libraries spell alike are
+used. `walk_layers`, the planner's own, takes NumPy arrays.
 
 Shapes: T tokens, K experts a token, E experts, W ranks, L layers.
 """

@@ -281,6 +281,24 @@ def advise(
     return sorted(choices, key=lambda choice: caution(choice["step_us"], choice["protocol"]))
 
 
+def protocol_for(backend: str, asked: Protocol | None) -> Protocol:
+    """The protocol that a backend follows: as asked, or `coherent` for exflow and `home` for others.
+
+    Raises:
+        TimingError: if the backend is unknown, or brings tokens home and `coherent` is asked.
+    """
+    unit_of(backend)
+    if backend == "exflow":
+        return asked or "coherent"
+    if asked == "coherent":
+        msg = (
+            f"{backend} brings tokens home after every layer: leave out --protocol, or say home; "
+            f"only exflow has --protocol coherent"
+        )
+        raise TimingError(msg)
+    return "home"
+
+
 def why_no_gain(backend: str, *, has_copies: bool) -> str | None:
     """Why a backend sends the same rows wherever experts are; None if it does not.
 

@@ -55,8 +55,8 @@ def place(
     backend: Annotated[
         str,
         typer.Option(
-            help="Whose rows to save: exflow, deepep-v2, deepep-ll, nvlink-one-sided, nccl-ep, "
-            "pplx, deepspeed."
+            help="Whose rows to save: exflow, deepep-v2, deepep-ll, nvlink-one-sided, nccl-ep or "
+            "pplx."
         ),
     ] = "exflow",
     links: Annotated[
@@ -109,7 +109,7 @@ def place(
     from placement.interop.counts import COUNTS, LOAD_STRATEGIES, require_routing
     from placement.plan import PlacementPlan
     from placement.strategies import PlacementOptions, StrategyError
-    from placement.timing import Links
+    from placement.timing import Links, protocol_for
     from placement.topology import Topology
     from placement.trace import RoutingTrace, merge_traces
 
@@ -125,7 +125,7 @@ def place(
         seed=seed,
         max_imbalance=max_imbalance,
         mean_imbalance=mean_imbalance,
-        protocol=protocol or ("coherent" if backend == "exflow" else "home"),
+        protocol=protocol_for(backend, protocol),
         coherence_domain=coherence_domain,
         backend=backend,
         effort=effort,

@@ -46,12 +46,11 @@ def simulate(
     """Count the rows, the load and the bytes of plans on a trace; advise on a backend."""
     from placement.evaluation import format_table, measure
     from placement.plan import PlacementPlan
-    from placement.timing import Links, Shape, unit_of
+    from placement.timing import Links, Shape, protocol_for
     from placement.trace import RoutingTrace
 
     sender = backend or "exflow"
-    unit_of(sender)
-    protocol = protocol or ("coherent" if sender == "exflow" else "home")
+    protocol = protocol_for(sender, protocol)
     routing = RoutingTrace.load(trace)
     loaded = [PlacementPlan.load(path) for path in plans]
     rows = [

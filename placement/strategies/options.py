@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from placement.errors import UserError
 from placement.plan import PlacementPlan
-from placement.timing import unit_of
+from placement.timing import protocol_for
 from placement.traffic import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
@@ -66,13 +66,7 @@ class PlacementOptions:
         if self.protocol not in PROTOCOLS:
             msg = f"unknown protocol {self.protocol!r}; choose home or coherent"
             raise StrategyError(msg)
-        unit_of(self.backend)
-        if self.backend != "exflow" and self.protocol != "home":
-            msg = (
-                f"{self.backend} brings tokens home after every layer, so its plans are for "
-                f"--protocol home; only exflow has --protocol coherent"
-            )
-            raise StrategyError(msg)
+        protocol_for(self.backend, self.protocol)
         for name in ("max_imbalance", "mean_imbalance"):
             value = getattr(self, name)
             if value is not None and not value >= 1.0:

@@ -59,6 +59,9 @@ def test_place_saves_the_rows_of_a_backend(folder):
     done = place(folder, "none.json", *machine, "--protocol", "coherent")
     assert done.returncode == 2
     assert "nccl-ep brings tokens home" in done.stderr
+    done = call(folder, *words, "--protocol", "coherent")
+    assert done.returncode == 2
+    assert "nccl-ep brings tokens home" in done.stderr
     for words in (("--evaluate",), ("--weights", "fair")):
         done = place(folder, "none.json", *machine, *words)
         assert done.returncode == 2

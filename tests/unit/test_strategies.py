@@ -74,7 +74,9 @@ def test_where_a_backend_sends_the_same_rows_affinity_says_so(trace):
         place("affinity", trace, FOUR, 5, protocol="home", backend="agrs")
     with pytest.raises(StrategyError, match=r"deepep-ll .* more --slots-per-rank"):
         place("affinity", trace, FOUR, 4, protocol="home", backend="deepep-ll")
-    with pytest.raises(StrategyError, match="brings tokens home"):
+    with pytest.raises(StrategyError, match=r"deepspeed .* use --strategy balanced$"):
+        place("affinity", trace, FOUR, 5, protocol="home", backend="deepspeed")
+    with pytest.raises(TimingError, match="brings tokens home"):
         place("affinity", trace, FOUR, 5, backend="nccl-ep")
     with pytest.raises(TimingError, match="unknown backend 'mpi'"):
         place("affinity", trace, FOUR, 5, backend="mpi")
