@@ -94,7 +94,7 @@ def next_owner(
     if outlook is not None:
         may_own = in_domain * (experts_run > 0)
         preference = (outlook * 2 + is_owner) * num_ranks + (num_ranks - 1 - ranks)
-        return (may_own * (preference + 2 * num_ranks) + is_owner).argmax(axis=1)
+        return (2 * may_own * (preference + 1) + is_owner).argmax(axis=1)
     preference = experts_run * 2 + is_owner
     return (in_domain * (preference * num_ranks + (num_ranks - 1 - ranks) + 1)).argmax(axis=1)
 

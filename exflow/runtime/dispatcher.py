@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from exflow.runtime.tables import order_by_rank, ranks_that_run
+from exflow.runtime.hops import depart, find_sums
 
 if TYPE_CHECKING:
-    from exflow.runtime.rows import RowFormat
+    from exflow.runtime.hops import Sums
+    from exflow.runtime.rows import Metadata, RowFormat
     from exflow.runtime.tables import PlacementTables
     from exflow.runtime.wire import Wire
 
@@ -134,13 +135,10 @@ class HomeDispatcher:
     ) -> tuple[Rows, HomeRecord]:
         """Send each token once to every rank that runs some of its experts."""
         tables, row_format = self.tables, self.format
-        choices_TK = tables.choose(layer, expert_ids_TK)
-        runs_TW = ranks_that_run(choices_TK // tables.num_experts, tables.num_ranks)
-        token_M, send_counts = order_by_rank(runs_TW)
-        rows_NB, receive_counts, _ = self.wire.send_rows(
-            row_format.pack(tokens.hidden, choices_TK, weights_TK).index_select(0, token_M),
-            send_counts,
-            [[]] * tables.num_ranks,
+        departure = depart(tables, tables.flat_place, layer, expert_ids_TK, owners_move=False)
+        arrival = self.wire.send_rows(
+            row_format.pack(tokens.hidden, departure.choices_TK, weights_TK),
+            departure,
             at_most=tokens.owned or None,
             layer=layer,
             payload_bytes=row_format.payload_bytes,
@@ -148,11 +146,12 @@ class HomeDispatcher:
         record = HomeRecord(
             layer=layer,
             tokens=tokens,
-            token_M=token_M,
-            send_counts=send_counts,
-            receive_counts=receive_counts,
+            token_M=departure.token_M,
+            send_counts=arrival.sent_counts,
+            receive_counts=arrival.received_counts,
         )
-        return rows_of(row_format, tables, layer, rows_NB), record
+        metadata = row_format.metadata(arrival.rows_NB)
+        return rows_of(row_format, tables, layer, arrival.rows_NB, metadata), record
 
     def residual(self, record: HomeRecord) -> torch.Tensor:
         """The tokens stay."""
@@ -203,35 +202,20 @@ class CoherentDispatcher:
         kept as a row without experts.
         """
         tables, row_format = self.tables, self.format
-        choices_TK = tables.choose(layer, expert_ids_TK)
-        ranks_TK = choices_TK // tables.num_experts
-        next_T = tables.next_owners(layer, ranks_TK, expert_ids_TK)
-        wanted_TW = ranks_that_run(ranks_TK, tables.num_ranks)
-        if self.has_combine:
-            wanted_TW[:, tables.rank] |= next_T == tables.rank
-        token_M, send_counts = order_by_rank(wanted_TW)
-        moves = torch.bincount(next_T, minlength=tables.num_ranks).tolist()
-        rows_NB, _, moves_WW = self.wire.send_rows(
+        departure = depart(tables, tables.flat_place, layer, expert_ids_TK, owners_move=True)
+        assert departure.next_T is not None
+        arrival = self.wire.send_rows(
             row_format.pack(
-                tokens.hidden, choices_TK, weights_TK, tokens.slots, next_T
-            ).index_select(0, token_M),
-            send_counts,
-            [moves] * tables.num_ranks,
+                tokens.hidden, departure.choices_TK, weights_TK, tokens.slots, departure.next_T
+            ),
+            departure,
             at_most=tokens.owned,
             layer=layer,
             payload_bytes=row_format.payload_bytes,
         )
-        owned = [sum(moved) for moved in zip(*moves_WW, strict=True)]
-        rows = rows_of(row_format, tables, layer, rows_NB)
-        record = CoherentRecord(
-            layer=layer,
-            hidden_ND=rows.hidden,
-            slots_N=row_format.slots(rows_NB),
-            next_owner_N=row_format.next_owners(rows_NB),
-            ranks_NK=row_format.choices(rows_NB) // tables.num_experts,
-            owned=tuple(owned),
+        return coherent_rows(
+            row_format, tables, layer, arrival.rows_NB, owned=tuple(arrival.totals)
         )
-        return rows, record
 
     def residual(self, record: CoherentRecord) -> torch.Tensor:
         """Of the rows that came, those whose tokens stay here."""
@@ -249,32 +233,66 @@ class CoherentDispatcher:
         if not self.has_combine:
             hidden_TD = record.hidden_ND + partial_ND
             return Tokens(hidden=hidden_TD, slots=record.slots_N, owned=record.owned)
-        tables = self.tables
-        runs_NW = ranks_that_run(record.ranks_NK, tables.num_ranks)
-        mine_T = (record.next_owner_N == tables.rank).nonzero()[:, 0]
-        goes_NW = ranks_that_run(record.next_owner_N[:, None], tables.num_ranks)
-        sent_M, send_counts = order_by_rank(goes_NW & runs_NW[:, tables.rank, None])
-        token_M, receive_counts = order_by_rank(runs_NW.index_select(0, mine_T))
-        returned_MD = exchange_partials(
-            self.wire, partial_ND.index_select(0, sent_M), send_counts, receive_counts, record.layer
-        )
-        hidden_TD = record.hidden_ND.index_select(0, mine_T)
-        total_TD = torch.zeros_like(hidden_TD).index_add_(0, token_M, returned_MD)
-        return Tokens(
-            hidden=hidden_TD + total_TD,
-            slots=record.slots_N.index_select(0, mine_T),
-            owned=record.owned,
-        )
+        place = self.tables.flat_place
+        sums = find_sums(record.ranks_NK, record.next_owner_N, place)
+        return collect_sums(self.wire, partial_ND, record, sums)
+
+
+def collect_sums(
+    wire: Wire, partial_ND: torch.Tensor, record: CoherentRecord, sums: Sums
+) -> Tokens:
+    """Partial sums go to the next owners, which add them to the tokens that stay with them."""
+    returned_MD = exchange_partials(
+        wire,
+        partial_ND.index_select(0, sums.sent_M),
+        sums.sent_counts,
+        sums.received_counts,
+        record.layer,
+    )
+    hidden_TD = record.hidden_ND.index_select(0, sums.mine_T)
+    total_TD = torch.zeros_like(hidden_TD).index_add_(0, sums.token_M, returned_MD)
+    return Tokens(
+        hidden=hidden_TD + total_TD,
+        slots=record.slots_N.index_select(0, sums.mine_T),
+        owned=record.owned,
+    )
+
+
+def coherent_rows(
+    row_format: RowFormat,
+    tables: PlacementTables,
+    layer: int,
+    rows_NB: torch.Tensor,
+    *,
+    owned: tuple[int, ...],
+) -> tuple[Rows, CoherentRecord]:
+    """Rows as experts take them, and what `combine` needs of them."""
+    metadata = row_format.metadata(rows_NB)
+    rows = rows_of(row_format, tables, layer, rows_NB, metadata)
+    slots_N, next_owner_N = metadata.owners
+    record = CoherentRecord(
+        layer=layer,
+        hidden_ND=rows.hidden,
+        slots_N=slots_N,
+        next_owner_N=next_owner_N,
+        ranks_NK=metadata.choices // tables.num_experts,
+        owned=owned,
+    )
+    return rows, record
 
 
 def rows_of(
-    row_format: RowFormat, tables: PlacementTables, layer: int, rows_NB: torch.Tensor
+    row_format: RowFormat,
+    tables: PlacementTables,
+    layer: int,
+    rows_NB: torch.Tensor,
+    metadata: Metadata,
 ) -> Rows:
     """Rows as experts take them."""
     return Rows(
         hidden=row_format.hidden(rows_NB),
-        expert_slots=tables.slot_of_choice[layer].take(row_format.choices(rows_NB)),
-        weights=row_format.weights(rows_NB),
+        expert_slots=tables.slot_of_choice[layer].take(metadata.choices),
+        weights=metadata.weights,
     )
 
 

@@ -74,28 +74,23 @@ def needs_splits(device: torch.device) -> bool:
 
 
 def exchange_parts(
-    sent: Sequence[torch.Tensor], at_most: Sequence[int], rank: int
-) -> list[torch.Tensor]:
-    """Bytes from rank to rank whose receivers do not know how many will come; gloo over TCP only.
+    sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], rank: int
+) -> None:
+    """Messages from rank to rank whose receivers do not know how long they are; gloo over TCP only.
 
     There a receive may be longer than what arrives, not shorter; with NCCL, and over gloo's other
     transports, both must be the same.
 
     Args:
-        sent: uint8, by destination; what is for this rank is not sent.
-        at_most: bytes that each rank may send.
+        sent: by destination; what is for this rank is not sent.
+        received: by source: room for the longest there may be, of which the beginning is filled.
         rank: this rank.
-
-    Returns:
-        By source: a tensor of `at_most` bytes that begins with what came; empty for this rank.
 
     Raises:
         ContactLostError: another rank has died, or has not answered in time.
     """
     group = dist.group.WORLD
     assert group is not None
-    sizes = [0 if source == rank else size for source, size in enumerate(at_most)]
-    received = [sent[rank].new_empty(size) for size in sizes]
     num_ranks = len(sent)
     others = [(rank + step) % num_ranks for step in range(1, num_ranks)]
     try:
@@ -106,7 +101,6 @@ def exchange_parts(
             work.wait()
     except RuntimeError as error:
         raise _lost(error) from error
-    return received
 
 
 def start_all_to_all(

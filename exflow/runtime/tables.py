@@ -1,7 +1,8 @@
 """A plan as lookup tables on the device, and the index arithmetic of dispatch and combine.
 
 A *choice* is one number for a (rank, logical expert) pair: rank * E + expert.
-Shape suffixes: T tokens, K experts a token, E logical experts, L MoE layers, W ranks, N rows.
+Shape suffixes: T tokens, K experts a token, E logical experts, L MoE layers, W ranks, J ranks of a
+node, N rows.
 """
 
 from __future__ import annotations
@@ -14,13 +15,36 @@ import numpy as np
 import torch
 
 from exflow.runtime.experts import is_known
-from placement.rules import choose_ranks, next_owner, relays
+from placement.compiled_rules import CompiledRules
+from placement.rules import choose_ranks, next_owner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
-
     from placement.plan import PlacementPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A rank among the ranks and nodes of a job.
+
+    Attributes:
+        rank: the rank.
+        num_ranks: W.
+        ranks_per_node: J; 1 in flat dispatch, where nodes do not count.
+    """
+
+    rank: int
+    num_ranks: int
+    ranks_per_node: int
+
+    @property
+    def node(self) -> slice:
+        """The ranks of this node."""
+        first = self.rank - self.rank % self.ranks_per_node
+        return slice(first, first + self.ranks_per_node)
+
+    def node_of_rank(self, device: torch.device) -> torch.Tensor:
+        """(W,) nodes."""
+        return torch.arange(self.num_ranks, device=device) // self.ranks_per_node
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +64,7 @@ class PlacementTables:
         node_of_rank: (W,).
         domain_of_rank: (W,) coherence domains.
         outlook: int64 (L, E, W) of the plan, or None.
+        compiled: the same rules for a CPU; None on GPUs and for more ranks than they can count.
     """
 
     rank: int
@@ -53,6 +78,7 @@ class PlacementTables:
     node_of_rank: torch.Tensor
     domain_of_rank: torch.Tensor
     outlook: torch.Tensor | None
+    compiled: CompiledRules | None
 
     @classmethod
     def from_plan(
@@ -86,6 +112,9 @@ class PlacementTables:
             fixed_choice.append(choice.to(device) if is_fixed else None)
         domains = torch.from_numpy(plan.topology.domain_of_rank(coherence_domain))
         outlook = plan.outlook_table()
+        compiled = None
+        if device.type == "cpu" and CompiledRules.can_have(plan.num_ranks):
+            compiled = CompiledRules(plan, coherence_domain=coherence_domain)
         return cls(
             rank=rank,
             num_ranks=plan.num_ranks,
@@ -98,6 +127,7 @@ class PlacementTables:
             node_of_rank=torch.from_numpy(node_of_rank).to(device),
             domain_of_rank=domains.to(device),
             outlook=None if outlook is None else torch.from_numpy(outlook).to(device),
+            compiled=compiled,
         )
 
     def choose(
@@ -114,38 +144,53 @@ class PlacementTables:
         if fixed is not None and (owner_T is None or not self.has_copies[layer]):
             return fixed.take(expert_ids_TK)
         if owner_T is None:
-            owner_T = torch.full_like(expert_ids_TK[:, 0], self.rank)
-        ranks_TK = _computed(
-            choose_ranks, self.hosts[layer], expert_ids_TK, owner_T, self.node_of_rank
-        )
+            owner_T = self._own(expert_ids_TK)
+        ranks_TK: torch.Tensor
+        if self.compiled is not None and is_known(expert_ids_TK):
+            ranks_TK, _ = self._compiled_route(self.compiled, layer, expert_ids_TK, owner_T)
+        else:
+            ranks_TK = choose_ranks(self.hosts[layer], expert_ids_TK, owner_T, self.node_of_rank)
         return ranks_TK * self.num_experts + expert_ids_TK
 
-    def next_owners(
-        self, layer: int, ranks_TK: torch.Tensor, expert_ids_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """(T,) the next owner of tokens that this rank owns."""
+    def route(self, layer: int, expert_ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, K) the choice for each expert of tokens this rank owns, and (T,) their next owners."""
+        owner_T = self._own(expert_ids_TK)
+        if self.compiled is not None and is_known(expert_ids_TK):
+            ranks_TK, next_T = self._compiled_route(self.compiled, layer, expert_ids_TK, owner_T)
+            return ranks_TK * self.num_experts + expert_ids_TK, next_T
+        choices_TK = self.choose(layer, expert_ids_TK)
+        ranks_TK = choices_TK // self.num_experts
         if self.top_k == 1 and self.has_one_domain:
-            return ranks_TK[:, 0]
-        owner_T = torch.full_like(ranks_TK[:, 0], self.rank)
+            return choices_TK, ranks_TK[:, 0]
         ahead_TW = None if self.outlook is None else self.outlook[layer][expert_ids_TK].sum(dim=1)
-        return _computed(next_owner, ranks_TK, owner_T, self.domain_of_rank, ahead_TW)
+        return choices_TK, next_owner(ranks_TK, owner_T, self.domain_of_rank, ahead_TW)
 
-    def relays(self, runs_TW: torch.Tensor, end_T: torch.Tensor) -> torch.Tensor:
-        """(T, W) `placement.rules.relays`."""
-        return _computed(relays, runs_TW, end_T, self.node_of_rank)
+    def _own(self, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        """(T,) this rank, of tokens it owns."""
+        return torch.full_like(expert_ids_TK[:, 0], self.rank)
+
+    @staticmethod
+    def _compiled_route(
+        compiled: CompiledRules, layer: int, expert_ids_TK: torch.Tensor, owner_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ranks, next_owners = compiled.route(layer, expert_ids_TK.numpy(), owner_T.numpy())
+        return torch.from_numpy(ranks), torch.from_numpy(next_owners)
+
+    @cached_property
+    def flat_place(self) -> Place:
+        """This rank where nodes do not count."""
+        return Place(rank=self.rank, num_ranks=self.num_ranks, ranks_per_node=1)
+
+    @cached_property
+    def place(self) -> Place:
+        """This rank in its node."""
+        per_node = int((self.node_of_rank == self.node_of_rank[0]).sum())
+        return Place(rank=self.rank, num_ranks=self.num_ranks, ranks_per_node=per_node)
 
     @cached_property
     def has_one_domain(self) -> bool:
         """Whether a token may be owned by any rank."""
         return len(set(self.domain_of_rank.tolist())) == 1
-
-
-def _computed(rule: Callable[..., Any], *arrays: torch.Tensor | None) -> torch.Tensor:
-    """A rule of `placement.rules`; on a CPU by NumPy, whose kernels start faster than PyTorch's."""
-    if not all(array is None or is_known(array) for array in arrays):
-        found: torch.Tensor = rule(*arrays)
-        return found
-    return torch.from_numpy(rule(*(None if array is None else array.numpy() for array in arrays)))
 
 
 def ranks_that_run(ranks_TK: torch.Tensor, num_ranks: int) -> torch.Tensor:

@@ -1,14 +1,17 @@
 """The messages of a forward pass, counted by kind.
 
-Shape suffixes: N rows, B bytes of a row, W ranks.
+Shape suffixes: T tokens owned, N rows, B bytes of a row, Y words of a row, W ranks, X numbers of a head.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from exflow.runtime.cpu_rows import read_messages, write_messages
 from exflow.runtime.ranks import all_to_all, exchange_parts, needs_splits, start_all_to_all
 
 if TYPE_CHECKING:
@@ -16,10 +19,28 @@ if TYPE_CHECKING:
 
     import torch.distributed as dist
 
+    from exflow.runtime.hops import Departure
     from exflow.runtime.metrics import PhaseMetrics, RowKind
     from exflow.runtime.ranks import Pending, Ranks
 
 COUNT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arrival:
+    """What came from other ranks.
+
+    Attributes:
+        rows_NB: uint8 rows, sorted by source.
+        sent_counts: rows that went to each rank.
+        received_counts: rows that came from each rank.
+        totals: the other numbers of the heads, added over the ranks.
+    """
+
+    rows_NB: torch.Tensor
+    sent_counts: list[int]
+    received_counts: list[int]
+    totals: list[int]
 
 
 class Wire:
@@ -113,71 +134,75 @@ class Wire:
 
     def send_rows(
         self,
-        rows_NB: torch.Tensor,
-        send_counts: Sequence[int],
-        numbers: Sequence[Sequence[int]],
+        rows_TB: torch.Tensor,
+        departure: Departure,
         *,
         at_most: Sequence[int] | None,
         layer: int,
         payload_bytes: int,
-    ) -> tuple[torch.Tensor, list[int], list[list[int]]]:
+    ) -> Arrival:
         """Dispatch rows to ranks that do not know how many will come, and numbers with them.
 
-        On a CPU it is one message, `| count, numbers: int32 | rows |`. On a GPU, where both sides
-        must know its size, or if nobody knows what to expect, counts and numbers go before.
+        On a CPU it is one message, `| head: int32 | rows |`. On a GPU, where both sides must know
+        its size, or if nobody knows what to expect, heads go before.
 
         Args:
-            rows_NB: uint8 rows, sorted by destination.
-            send_counts: rows for each rank, this one too.
-            numbers: what each rank is told, as many numbers from any rank to any rank.
+            rows_TB: uint8 rows of the tokens.
+            departure: which of them go to each rank, and what it is told.
             at_most: rows that each rank may send to another, if that is known.
             layer: index among the MoE layers.
             payload_bytes: bytes of a row that are hidden state; the rest is metadata.
-
-        Returns:
-            The rows of all sources, sorted by source; how many of each; what each says.
         """
-        told = [[count, *own] for count, own in zip(send_counts, numbers, strict=True)]
-        self.metrics.num_bytes["counts"] += (self.num_ranks - 1) * len(told[0]) * COUNT_BYTES
+        heads_WX = departure.heads_WX
+        self.metrics.num_bytes["counts"] += (self.num_ranks - 1) * heads_WX.shape[1] * COUNT_BYTES
         if at_most is None or needs_splits(self.device):
-            heard = self._exchange_counts(told)
+            told, heard = self._exchange_heads(heads_WX)
+            sent = [head[0] for head in told]
             received = [head[0] for head in heard]
-            rows = rows_NB.new_empty((sum(received), rows_NB.shape[1]))
-            all_to_all(rows, rows_NB, received, list(send_counts))
+            rows_NB = rows_TB.new_empty((sum(received), rows_TB.shape[1]))
+            all_to_all(rows_NB, rows_TB.index_select(0, departure.token_M), received, sent)
         else:
-            rows, heard = self._send_together(rows_NB, told, at_most)
-        self._count_rows("dispatch", layer, send_counts, rows_NB.shape[1], payload_bytes)
-        return rows, [head[0] for head in heard], [head[1:] for head in heard]
+            sent = heads_WX[:, 0].tolist()
+            assert max(sent) <= at_most[self.rank]
+            rows_NB, heard = self._send_together(rows_TB, departure, at_most)
+            received = [head[0] for head in heard]
+        self._count_rows("dispatch", layer, sent, rows_TB.shape[1], payload_bytes)
+        return Arrival(
+            rows_NB=rows_NB,
+            sent_counts=sent,
+            received_counts=received,
+            totals=[sum(numbers) for numbers in zip(*heard, strict=True)][1:],
+        )
 
     def _send_together(
-        self, rows_NB: torch.Tensor, told: list[list[int]], at_most: Sequence[int]
+        self, rows_TB: torch.Tensor, departure: Departure, at_most: Sequence[int]
     ) -> tuple[torch.Tensor, list[list[int]]]:
-        """Rows and what is told, in one message."""
-        assert max(own[0] for own in told) <= at_most[self.rank]
-        width, head_bytes = rows_NB.shape[1], len(told[0]) * COUNT_BYTES
-        heads_WB = torch.tensor(told, dtype=torch.int32).view(torch.uint8)
-        parts = torch.split(rows_NB, [own[0] for own in told])
-        sent = [
-            torch.cat([head, rows.flatten()]) for head, rows in zip(heads_WB, parts, strict=True)
-        ]
-        sizes = [head_bytes + count * width for count in at_most]
-        received = exchange_parts(sent, sizes, self.rank)
-        received[self.rank] = sent[self.rank]
-        heard = [part[:head_bytes].view(torch.int32).tolist() for part in received]
-        rows = [
-            part[head_bytes : head_bytes + head[0] * width]
-            for part, head in zip(received, heard, strict=True)
-        ]
-        return torch.cat(rows).view(-1, width), heard
+        """Heads and rows in one message: what comes."""
+        rows_TY, heads_WX = rows_TB.view(torch.int32).numpy(), departure.heads_WX.numpy()
+        num_numbers, width = heads_WX.shape[1], rows_TY.shape[1]
+        words, sizes = write_messages(rows_TY, departure.token_M.numpy(), heads_WX)
+        sent = torch.split(torch.from_numpy(words), sizes.tolist())
+        room = [num_numbers + count * width for count in at_most]
+        room[self.rank] = 0
+        received = torch.empty(sum(room), dtype=torch.int32)
+        exchange_parts(sent, torch.split(received, room), self.rank)
+        rows_NY, heard_WX = read_messages(
+            received.numpy(),
+            np.array(room),
+            sent[self.rank].numpy(),
+            self.rank,
+            num_numbers,
+            width,
+        )
+        return torch.from_numpy(rows_NY).view(torch.uint8), heard_WX.tolist()
 
-    def _exchange_counts(self, told: list[list[int]]) -> list[list[int]]:
-        """As many numbers to each rank, as many from each."""
-        sent = torch.tensor(told, dtype=torch.int32, device=self.device)
-        received = torch.empty_like(sent)
-        all_to_all(received, sent)
+    def _exchange_heads(self, heads_WX: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """What this rank says to each, and what each says to it."""
+        received = torch.empty_like(heads_WX)
+        all_to_all(received, heads_WX.contiguous())
         self.metrics.messages["counts"] += 1
-        heard: list[list[int]] = received.tolist()
-        return heard
+        told, heard = torch.stack([heads_WX, received]).tolist()
+        return told, heard
 
     def exchange_bytes(
         self,

@@ -238,8 +238,14 @@ def make_layout(hosts: NDArray[np.bool_], *, slots_per_rank: int) -> Layout:
     for layer, rank in np.ndindex(layers, width):
         held = np.flatnonzero(hosts[layer, :, rank])
         slots[layer, rank, : len(held)] = held
-    bits = np.uint64(1) << np.arange(width, dtype=np.uint64)
-    return Layout(slots=slots, hosts=(hosts * bits).sum(axis=2, dtype=np.uint64))
+    return Layout(slots=slots, hosts=host_words(hosts))
+
+
+def host_words(hosts: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """(L, E) the bits of the ranks with a copy, of (L, E, W) flags."""
+    bits = np.uint64(1) << np.arange(hosts.shape[2], dtype=np.uint64)
+    words: NDArray[np.uint64] = (hosts * bits).sum(axis=2, dtype=np.uint64)
+    return words
 
 
 def hosts_of(layout: Layout, num_experts: int) -> NDArray[np.bool_]:

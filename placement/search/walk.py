@@ -161,6 +161,23 @@ def best_owner(
 
 
 @kernel
+def route_layer(
+    owners: Array,
+    ids: Array,
+    hosts: Array,
+    machine: Machine,
+    choice: Array,
+    next_owners: Array,
+) -> None:
+    """Tokens through one layer, the only one of `ids`, `hosts` and the machine's outlook.
+
+    Fills `choice` (T, K) and `next_owners` (T,).
+    """
+    for token in range(len(owners)):
+        next_owners[token], _ = visit(0, token, owners[token], ids, hosts, machine, choice[token])
+
+
+@kernel
 def route_all(tokens: Tokens, machine: Machine, layout: Layout, flow: Flow, choice: Array) -> None:
     """Walks every token through every layer and writes the flow."""
     layers, count, top_k = tokens.expert_ids.shape

@@ -85,11 +85,10 @@ def test_what_is_packed_into_rows_comes_out(dtype, has_owner, num_rows):
     rows = row_format.pack(hidden, choices, weights, *owners)
     assert rows.shape == (num_rows, row_format.payload_bytes + 4 * (6 + len(owners)))
     assert torch.equal(row_format.hidden(rows), hidden)
-    assert torch.equal(row_format.choices(rows), choices)
-    assert torch.equal(row_format.weights(rows), weights)
-    if has_owner:
-        assert torch.equal(row_format.slots(rows), owners[0])
-        assert torch.equal(row_format.next_owners(rows), owners[1])
+    metadata = row_format.metadata(rows)
+    assert torch.equal(metadata.choices, choices)
+    assert torch.equal(metadata.weights, weights)
+    assert metadata.owners.tolist() == [of_token.tolist() for of_token in owners]
 
 
 def test_tables_choose_as_the_planner_does():

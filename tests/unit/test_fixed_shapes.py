@@ -16,10 +16,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-import exflow.runtime.experts
-import exflow.runtime.tables
 from exflow.models.checkpoint import Checkpoint
 from exflow.models.families import define_model
+from exflow.runtime import experts, hops, rows, tables
 from exflow.runtime.attention import DecodeAttention, Rotary
 from exflow.runtime.decoder import Decoder
 from exflow.runtime.dispatcher import HomeDispatcher, LocalDispatcher, Tokens
@@ -55,7 +54,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
-    for module in (exflow.runtime.experts, exflow.runtime.tables):
+    for module in (experts, hops, rows, tables):
         monkeypatch.setattr(module, "is_known", lambda tensor: False)
 
 
