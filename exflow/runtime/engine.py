@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from exflow.runtime.attention import Rotary
+from exflow.runtime.coherent import CoherentDispatcher
 from exflow.runtime.dispatcher import (
-    CoherentDispatcher,
     Dispatcher,
     HomeDispatcher,
     LocalDispatcher,

@@ -22,14 +22,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exflow.runtime.dispatcher import (
-    CoherentRecord,
-    Tokens,
-    coherent_rows,
-    collect_sums,
-    exchange_partials,
-    rows_of,
-)
+from exflow.runtime.coherent import CoherentRecord, coherent_rows, collect_sums
+from exflow.runtime.dispatcher import Tokens, exchange_partials, rows_of
 from exflow.runtime.hops import depart, find_fans, find_sums
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from decoding import (
 )
 from exflow.models.checkpoint import Checkpoint
 from exflow.runtime.decoder import Decoder
-from exflow.runtime.dispatcher import CoherentDispatcher, HomeDispatcher, LocalDispatcher, Tokens
+from exflow.runtime.coherent import CoherentDispatcher
+from exflow.runtime.dispatcher import HomeDispatcher, LocalDispatcher, Tokens
 from exflow.runtime.engine import Engine, EngineOptions
 from exflow.runtime.expert_weights import ExpertWeights
 from exflow.runtime.experts import run_chosen

@@ -1,12 +1,15 @@
 """The traffic model: known answers, then a slow and obvious count, then NumPy against torch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placement.compiled_rules import CompiledRules
 from placement.plan import PlacementPlan, Strategy
-from placement.rules import choose_ranks, next_owner, relays
+from placement.rules import choose_ranks, next_owner, relays, walk_layers
 from placement.topology import Topology
 from placement.trace import RoutingTrace
 from placement.traffic import TrafficError, count_traffic, crossing_rate
@@ -189,6 +192,8 @@ def test_an_outlook_decides_among_the_ranks_that_run_experts():
     assert next_owner(ranks, owner, domain, np.array([[1, 2, 9]])).tolist() == [1]
     assert next_owner(ranks, owner, domain, np.array([[2, 2, 9]])).tolist() == [0], "a tie: stays"
     assert next_owner(ranks, np.array([2]), domain, np.array([[2, 2, 9]])).tolist() == [0]
+    ends = np.array([[0, 2]])
+    assert next_owner(ends, owner, domain, np.array([[1, 0, 2]])).tolist() == [2], "no tie: moves"
     own_domains = np.arange(3)
     assert next_owner(ranks, np.array([2]), own_domains, np.array([[5, 5, 0]])).tolist() == [2]
 
@@ -209,6 +214,31 @@ def test_torch_tensors_follow_the_same_rules(routing):
         ahead = np.random.default_rng(layer).integers(0, 9, (len(owner), plan.num_ranks))
         moved = next_owner(*(torch.tensor(array) for array in (ranks, owner, domain, ahead)))
         assert np.array_equal(moved.numpy(), next_owner(ranks, owner, domain, ahead))
+
+
+@given(routings(), st.booleans(), st.data())
+def test_compiled_rules_say_the_same(routing, has_outlook, data):
+    trace, plan = routing
+    if has_outlook:
+        outlook = np.random.default_rng(0).integers(0, 4, plan.hosts().shape)
+        plan = replace(plan, outlook=tuple(tuple(map(tuple, layer)) for layer in outlook.tolist()))
+    sizes = [d for d in range(1, plan.num_ranks + 1) if plan.num_ranks % d == 0]
+    coherence_domain = data.draw(st.sampled_from([None, *sizes]))
+    compiled = CompiledRules(plan, coherence_domain=coherence_domain)
+    owner = trace.sequence_ids.astype(np.int64) % plan.num_ranks
+    steps = walk_layers(
+        trace.expert_ids.astype(np.int64),
+        owner,
+        plan.hosts().astype(np.int64),
+        node_of_rank=plan.topology.node_of_rank,
+        domain_of_rank=plan.topology.domain_of_rank(coherence_domain),
+        outlook=plan.outlook_table(),
+    )
+    for step in steps:
+        experts = trace.expert_ids[:, step.layer].astype(np.int64)
+        ranks, next_owners = compiled.route(step.layer, experts, step.owner)
+        assert np.array_equal(ranks, step.rank_of_choice)
+        assert np.array_equal(next_owners, step.next_owner)
 
 
 def test_chunks_do_not_change_the_count(monkeypatch):
