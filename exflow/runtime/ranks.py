@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,113 +15,17 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from exflow.runtime.errors import ContactLostError, RankFailureError
+from exflow.runtime.collectives import all_to_all, lost
+from exflow.runtime.errors import RankFailureError
 from exflow.runtime.liveness import Liveness
 from placement.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 
 logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT = 600.0
-
-
-def all_to_all(
-    received: torch.Tensor,
-    sent: torch.Tensor,
-    receive_sizes: list[int] | None = None,
-    send_sizes: list[int] | None = None,
-    *,
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """`torch.distributed.all_to_all_single`.
-
-    Raises:
-        ContactLostError: another rank has died, or has not answered in time.
-    """
-    try:
-        dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group)
-    except RuntimeError as error:
-        raise _lost(error) from error
-
-
-@dataclass(frozen=True, eq=False)
-class Pending:
-    """An all-to-all under way; what is sent must live until it has arrived."""
-
-    received: torch.Tensor
-    sent: torch.Tensor
-    work: dist.Work
-
-    def wait(self) -> torch.Tensor:
-        """What was received.
-
-        Raises:
-            ContactLostError: another rank has died, or has not answered in time.
-        """
-        try:
-            self.work.wait()
-        except RuntimeError as error:
-            raise _lost(error) from error
-        return self.received
-
-
-def needs_splits(device: torch.device) -> bool:
-    """Whether both sides of an exchange must know its sizes; `exchange_parts` is for the others."""
-    return device.type != "cpu" or not sys.platform.startswith("linux")
-
-
-def exchange_parts(
-    sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], rank: int
-) -> None:
-    """Messages from rank to rank whose receivers do not know how long they are; gloo over TCP only.
-
-    There a receive may be longer than what arrives, not shorter; with NCCL, and over gloo's other
-    transports, both must be the same.
-
-    Args:
-        sent: by destination; what is for this rank is not sent.
-        received: by source: room for the longest there may be, of which the beginning is filled.
-        rank: this rank.
-
-    Raises:
-        ContactLostError: another rank has died, or has not answered in time.
-    """
-    group = dist.group.WORLD
-    assert group is not None
-    num_ranks = len(sent)
-    others = [(rank + step) % num_ranks for step in range(1, num_ranks)]
-    try:
-        # The group's own methods: `dist.isend` and `irecv` take three times as long to begin.
-        under_way = [group.recv([received[other]], other, 0) for other in reversed(others)]
-        under_way += [group.send([sent[other]], other, 0) for other in others]
-        for work in under_way:
-            work.wait()
-    except RuntimeError as error:
-        raise _lost(error) from error
-
-
-def start_all_to_all(
-    received: torch.Tensor,
-    sent: torch.Tensor,
-    receive_sizes: list[int],
-    send_sizes: list[int],
-    *,
-    group: dist.ProcessGroup,
-) -> Pending:
-    """`all_to_all` that goes on while this rank does other things."""
-    try:
-        work = dist.all_to_all_single(
-            received, sent, receive_sizes, send_sizes, group=group, async_op=True
-        )
-    except RuntimeError as error:
-        raise _lost(error) from error
-    return Pending(received, sent, work)
-
-
-def _lost(error: RuntimeError) -> ContactLostError:
-    return ContactLostError(f"lost contact with another rank: {error}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +219,7 @@ def _new_group(members: list[int]) -> dist.ProcessGroup:
     try:
         group: dist.ProcessGroup = dist.new_group(members)
     except RuntimeError as error:
-        raise _lost(error) from error
+        raise lost(error) from error
     return group
 
 

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from exflow.runtime.attention import Written
+    from exflow.runtime.collectives import Pending
     from exflow.runtime.kv_cache import KvCache
     from exflow.runtime.metrics import PhaseMetrics
-    from exflow.runtime.ranks import Pending
     from exflow.runtime.wire import Wire
 
 Relays: TypeAlias = "list[list[int]]"

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from exflow.runtime.collectives import all_to_all, exchange_parts, needs_splits, start_all_to_all
 from exflow.runtime.cpu_rows import read_messages, write_messages
-from exflow.runtime.ranks import all_to_all, exchange_parts, needs_splits, start_all_to_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch.distributed as dist
 
+    from exflow.runtime.collectives import Pending
     from exflow.runtime.hops import Departure
     from exflow.runtime.metrics import PhaseMetrics, RowKind
-    from exflow.runtime.ranks import Pending, Ranks
+    from exflow.runtime.ranks import Ranks
 
 COUNT_BYTES = 4
 

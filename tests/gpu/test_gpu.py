@@ -27,8 +27,8 @@ from decoding import (
     save_model,
 )
 from exflow.models.checkpoint import Checkpoint
-from exflow.runtime.decoder import Decoder
 from exflow.runtime.coherent import CoherentDispatcher
+from exflow.runtime.decoder import Decoder
 from exflow.runtime.dispatcher import HomeDispatcher, LocalDispatcher, Tokens
 from exflow.runtime.engine import Engine, EngineOptions
 from exflow.runtime.expert_weights import ExpertWeights
