@@ -15,6 +15,7 @@ COMMANDS = {
     "record": "exflow.commands.record",
     "convert-deepspeed": "exflow.commands.convert_deepspeed",
     **placement.cli.COMMANDS,
+    "links": "exflow.commands.links",
     "run": "exflow.commands.run",
     "bench": "exflow.commands.bench",
     "report": "exflow.commands.report",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.context import ForkServerContext
 
-PRELOAD = ["torch", "torch.distributed", "numpy", "pytest", "exflow.runtime.cpu_kernels"]
+PRELOAD = ["torch", "torch.distributed", "numpy", "pytest", "exflow.runtime.hops"]
 GRACE_SECONDS = 2.0
 
 
