@@ -5,19 +5,18 @@ dispatch does; messages grow until they take long. A phase of b bytes a rank is 
 
     seconds = latency + b / bandwidth
 
-fitted to the medians by least squares of the relative errors, so that short messages say what the
-latency is and long ones the bandwidth (Hockney, 1994). The time is that of the slowest rank.
+(Hockney, 1994), and its time is that of the slowest rank.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from exflow.profiling.checkpoint import choose_device
@@ -37,6 +36,8 @@ ENOUGH = 0.25  # seconds of one exchange, after which none is longer
 LONG = 0.02  # seconds, from which on fewer repeats do
 REPEATS = {"short": 20, "long": 5}
 WARM_UP = 3
+SHORTEST = 3  # points that tell the latency
+SEVERAL = 4  # times the latency: long enough to tell the bandwidth
 
 
 class LinksError(UserError):
@@ -51,7 +52,8 @@ class Fit:
         latency: seconds.
         bandwidth: bytes a second, of a rank.
         points: (bytes of a rank, seconds) measured.
-        miss: the largest relative error of the model at these points.
+        miss: the largest relative error of the model at these points; where links let bursts pass,
+            at middle sizes it is large.
     """
 
     latency: float
@@ -107,17 +109,20 @@ def measure(ranks: Ranks, device: torch.device) -> dict[str, Fit]:
 
 
 def fit(points: list[tuple[int, float]]) -> Fit:
-    """The model that fits exchanges best.
+    """The model for exchanges of growing size.
 
-    >>> found = fit([(100, 3e-3), (1000, 3.9e-3), (100_000, 102.9e-3)])
+    The latency is the median of the shortest; the bandwidth the median of those that take several
+    times as long, so that bursts and a lost packet weigh little.
+
+    >>> found = fit([(1, 3e-3), (10, 3e-3), (100, 3e-3), (10**5, 103e-3), (10**6, 1.003)])
     >>> round(found.latency, 6), round(found.bandwidth)
-    (0.0029, 1000000)
+    (0.003, 1000000)
     """
-    sizes, seconds = np.array(points).T
-    columns = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]
-    (latency, pace), *_ = np.linalg.lstsq(columns, np.ones_like(seconds), rcond=None)
-    latency, pace = max(0.0, float(latency)), max(1e-15, float(pace))
-    miss = float(np.abs((latency + pace * sizes) / seconds - 1).max())
+    latency = statistics.median(seconds for _, seconds in points[:SHORTEST])
+    long = [(size, seconds) for size, seconds in points if seconds > SEVERAL * latency]
+    pace = statistics.median((seconds - latency) / size for size, seconds in long or points[-1:])
+    pace = max(pace, sys.float_info.epsilon)
+    miss = max(abs((latency + pace * size) / seconds - 1) for size, seconds in points)
     return Fit(latency=latency, bandwidth=1 / pace, points=tuple(points), miss=miss)
 
 
