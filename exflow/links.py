@@ -1,7 +1,8 @@
 """Measure the links between the ranks of this job, as the planner's time model takes them.
 
-All ranks send at once, to every rank of their node and then to every rank of the other nodes, as
-dispatch does; messages grow until they take long. A phase of b bytes a rank is modelled as
+All ranks send at once, to every rank of their node and then to every rank of the other nodes, by the
+exchange that brings partial sums back; messages grow until they take long. A phase of b bytes a
+rank is modelled as
 
     seconds = latency + b / bandwidth
 
@@ -21,6 +22,7 @@ import torch
 
 from exflow.profiling.checkpoint import choose_device
 from exflow.runtime.collectives import all_to_all
+from exflow.runtime.completions import check_writable
 from exflow.runtime.ranks import Ranks
 from placement.errors import UserError
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 SMALLEST = 1 << 6
-LARGEST = 1 << 26
+LARGEST = 1 << 26  # bytes of a rank in one exchange
 GROWTH = 4
 ENOUGH = 0.25  # seconds of one exchange, after which none is longer
 LONG = 0.02  # seconds, from which on fewer repeats do
@@ -41,7 +43,22 @@ SEVERAL = 4  # times the latency: long enough to tell the bandwidth
 
 
 class LinksError(UserError):
-    """Nothing to measure, or no place for the result."""
+    """Nothing to measure, or nodes that are not alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """Whom this rank exchanges messages with.
+
+    Attributes:
+        sends: by rank of the group, whether messages go there.
+        place: this rank's place in the group.
+        group: None for all ranks.
+    """
+
+    sends: list[bool]
+    place: int
+    group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,30 +99,52 @@ def measure_links(
     if ranks.num_ranks == 1:
         msg = "one rank has no links: start `exflow links` with torchrun, on the nodes to measure"
         raise LinksError(msg)
-    place = torch.device(choose_device(device, ranks.local_rank))
-    with ranks.connected(place, timeout=timeout) as liveness, liveness.naming():
-        with ranks.agreeing(place):
+    if not timeout > 0:
+        msg = f"--timeout must be above 0 seconds, got {timeout}"
+        raise LinksError(msg)
+    computes_on = torch.device(choose_device(device, ranks.local_rank))
+    with ranks.connected(computes_on, timeout=timeout) as liveness, liveness.naming():
+        with ranks.agreeing(computes_on):
             if ranks.is_first and output is not None:
-                _check(output)
-        fits = measure(ranks, place)
+                check_writable(output)
+        fits = measure(ranks, computes_on)
     if ranks.is_first and output is not None:
         output.write_text(json.dumps(to_links(fits), indent=1) + "\n", encoding="utf-8")
     return fits
 
 
 def measure(ranks: Ranks, device: torch.device) -> dict[str, Fit]:
-    """Measure on ranks that are connected."""
+    """Measure on ranks that are connected.
+
+    Raises:
+        LinksError: on every rank, if nodes have not as many ranks each.
+    """
     per_node, num_ranks = ranks.ranks_per_node, ranks.num_ranks
-    first = ranks.rank - ranks.rank % per_node
+    _check_nodes(ranks.gather([ranks.local_rank, per_node], device))
+    local_rank = ranks.rank % per_node
+    first = ranks.rank - local_rank
     fits = {}
     if per_node > 1:
         group = None if per_node == num_ranks else ranks.node_group(num_ranks // per_node)
-        sends = [first + place != ranks.rank for place in range(per_node)]
-        fits["intra"] = fit(_time_sizes(ranks, device, sends, group))
+        inside = Peers(
+            sends=[other != local_rank for other in range(per_node)], place=local_rank, group=group
+        )
+        fits["intra"] = fit(_time_sizes(ranks, device, inside))
     if per_node < num_ranks:
         sends = [not first <= other < first + per_node for other in range(num_ranks)]
-        fits["inter"] = fit(_time_sizes(ranks, device, sends, None))
+        fits["inter"] = fit(_time_sizes(ranks, device, Peers(sends=sends, place=ranks.rank)))
     return fits
+
+
+def _check_nodes(of_rank: list[list[int]]) -> None:
+    """(local rank, ranks of a node) of every rank, as its launcher said."""
+    num_nodes = sum(local_rank == 0 for local_rank, _ in of_rank)
+    if any(per_node * num_nodes != len(of_rank) for _, per_node in of_rank):
+        msg = (
+            f"{len(of_rank)} ranks on {num_nodes} nodes, not as many on each: start it with the same "
+            "--nproc-per-node everywhere, as a plan needs"
+        )
+        raise LinksError(msg)
 
 
 def fit(points: list[tuple[int, float]]) -> Fit:
@@ -162,42 +201,29 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-def _check(output: Path) -> None:
-    if not output.parent.is_dir():
-        msg = f"{output}: there is no folder {output.parent}; make it, or name another file"
-        raise LinksError(msg)
-
-
-def _time_sizes(
-    ranks: Ranks, device: torch.device, sends: list[bool], group: dist.ProcessGroup | None
-) -> list[tuple[int, float]]:
-    """Exchanges of growing size with the ranks that this one sends to."""
+def _time_sizes(ranks: Ranks, device: torch.device, peers: Peers) -> list[tuple[int, float]]:
+    """Exchanges of growing size: bytes of a rank, and seconds."""
     points: list[tuple[int, float]] = []
-    each = SMALLEST
-    while each <= LARGEST and (not points or points[-1][1] < ENOUGH):
+    num_bytes = SMALLEST * sum(peers.sends)
+    while num_bytes <= LARGEST and (not points or points[-1][1] < ENOUGH):
         is_long = bool(points) and points[-1][1] > LONG
         repeats = REPEATS["long" if is_long else "short"]
-        seconds = _time_exchange(device, each, sends, group, repeats)
-        points.append((each * sum(sends), max(ranks.gather(seconds, device))))
-        each *= GROWTH
+        each = num_bytes // sum(peers.sends)
+        seconds = _time_exchange(device, each, peers, repeats)
+        points.append((num_bytes, max(ranks.gather(seconds, device))))
+        num_bytes *= GROWTH
     return points
 
 
-def _time_exchange(
-    device: torch.device,
-    each: int,
-    sends: list[bool],
-    group: dist.ProcessGroup | None,
-    repeats: int,
-) -> float:
+def _time_exchange(device: torch.device, each: int, peers: Peers, repeats: int) -> float:
     """The median time of exchanges, one right after the other."""
-    sizes = [each * wanted for wanted in sends]
+    sizes = [each * wanted for wanted in peers.sends]
     sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
     times: list[float] = []
     for _ in range(WARM_UP + repeats):
         start = time.perf_counter()
-        all_to_all(received, sent, sizes, sizes, group=group)
+        all_to_all(received, sent, sizes, sizes, place=peers.place, group=peers.group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

@@ -64,7 +64,6 @@ LOADS = {
 MAX_IMBALANCE = {"pile-moe-top1": 1.25, "planted-top1": 1.5, "planted-top4": 1.5}
 MORE_SLOTS = 1.25
 EFFORT = 8
-LATENCY = 1e-3  # of a collective on this machine, whose ranks share cores
 LOOPBACK = 1e9
 
 
@@ -264,7 +263,6 @@ def run_arms(
         row = result["arms"][arm["name"]]
         if not row["failed"]:
             plan = Path(arm["options"]["plan"])
-            is_flat = arm["options"]["dispatch"] == "flat"
             row["predicted"] = predict(
                 folder / "trace.safetensors",
                 plan,
@@ -272,22 +270,25 @@ def run_arms(
                 links,
                 requests,
                 ran=row["ran"],
-                backend="nvlink-one-sided" if is_flat else "exflow",
+                backend="nvlink-one-sided" if row["dispatch"] == "flat" else "exflow",
             )
     return result
 
 
 def write_links(folder: Path, rate: str, settings: Settings) -> Path:
-    """The links' real rates, as the time model takes them: of a rank."""
+    """The links' real rates and measured latencies, as the time model takes them: of a rank."""
+    path = folder / f"links-{rate}.json"
+    box(settings, rate, "--", "python", "-m", "exflow", "links", "-o", path)
+    links = json.loads(path.read_text(encoding="utf-8"))
     slow = settings.trunk_rate if settings.racks > 1 else rate
     per_unit = settings.ranks // settings.units
     shared = LOOPBACK if slow in (None, UNSHAPED) else bits_per_second(slow) / 8 / per_unit
     inside = LOOPBACK
-    if settings.racks > 1 and rate != UNSHAPED:
-        inside = bits_per_second(rate) / 8 / settings.ranks_per_node
-    links = {"intra_latency": LATENCY, "inter_latency": LATENCY}
+    if settings.racks > 1:
+        links["intra_latency"] = links["inter_latency"]  # from node to node inside a rack
+        if rate != UNSHAPED:
+            inside = bits_per_second(rate) / 8 / settings.ranks_per_node
     links |= {"intra_bandwidth": inside, "inter_bandwidth": shared}
-    path = folder / f"links-{rate}.json"
     path.write_text(json.dumps(links), encoding="utf-8")
     return path
 

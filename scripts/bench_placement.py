@@ -222,6 +222,22 @@ def halvings(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
             }
 
 
+def groups(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """Plans made for load alone, and affinity with their groups: as even, and fewer rows."""
+    for nodes, per_node in MACHINES:
+        topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
+        slots = -(-trace.num_experts // topology.num_ranks)
+        for halving in range(HALVINGS if (nodes, per_node) == (2, 2) else 1):
+            fit, held_out = trace.split(seed=halving)
+            for strategy in ("balanced", "moetuner"):
+                options = PlacementOptions(seed=args.seed, time_limit=args.milp_seconds)
+                where = {"halving": halving, "groups": strategy}
+                yield {**where, **cell(fit, held_out, topology, slots, strategy, options, name)}
+                start = get_strategy(strategy)(fit, topology, options=options)
+                own = PlacementOptions(seed=args.seed, start=start, keep_groups=True)
+                yield {**where, **cell(fit, held_out, topology, slots, "affinity", own, name)}
+
+
 def crossing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
     """The paper's metric: top-1 path, no load cap, no replicas; fitted and held-out tokens."""
     fit, held_out = trace.top1().split()
@@ -308,6 +324,7 @@ def frontier(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
 PARTS = {
     "cells": cells,
     "halvings": halvings,
+    "groups": groups,
     "crossing": crossing,
     "null": null,
     "shift": shift,

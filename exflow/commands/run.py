@@ -35,7 +35,8 @@ def run(
         str,
         typer.Option(
             help="flat; hierarchical: rows cross to a node once; replicated: every rank attends "
-            "to all tokens, for small batches; auto: by the hosts."
+            "to all tokens, for small batches; auto: by the hosts, with --protocol auto by the "
+            "links too."
         ),
     ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after which a request ends.")] = 64,

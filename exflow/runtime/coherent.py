@@ -105,13 +105,13 @@ def collect_sums(
     """Partial sums go to the next owners, which add them to the tokens that stay with them."""
     returned_MD = exchange_partials(
         wire,
-        partial_ND.index_select(0, sums.sent_M),
-        sums.sent_counts,
-        sums.received_counts,
+        partial_ND.index_select(0, sums.sent.rows_M),
+        sums.sent.counts,
+        sums.received.counts,
         record.layer,
     )
     hidden_TD = record.hidden_ND.index_select(0, sums.mine_T)
-    total_TD = torch.zeros_like(hidden_TD).index_add_(0, sums.token_M, returned_MD)
+    total_TD = torch.zeros_like(hidden_TD).index_add_(0, sums.received.rows_M, returned_MD)
     return Tokens(
         hidden=hidden_TD + total_TD,
         slots=record.slots_N.index_select(0, sums.mine_T),

@@ -15,12 +15,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# Of messages; a message of one kind is never taken for one of the other.
+PARTS_TAG, SWAP_TAG = 0, 1
+
+
 def all_to_all(
     received: torch.Tensor,
     sent: torch.Tensor,
     receive_sizes: list[int] | None = None,
     send_sizes: list[int] | None = None,
     *,
+    place: int,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """`torch.distributed.all_to_all_single`.
@@ -28,30 +33,44 @@ def all_to_all(
     On CPUs two ranks that know the sizes send to each other instead: gloo's all-to-all passes
     through two more threads and takes twice as long.
 
+    Args:
+        received: where to write, by source.
+        sent: by destination.
+        receive_sizes: rows from each rank; None: as many from each.
+        send_sizes: rows for each rank; None: as many for each.
+        place: this rank's place in the group.
+        group: None for all ranks.
+
     Raises:
         ContactLostError: another rank has died, or has not answered in time.
     """
-    pair = group or dist.group.WORLD
-    assert pair is not None
     try:
-        if receive_sizes is None or send_sizes is None or received.is_cuda or pair.size() != 2:
-            dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group)
+        if received.is_cpu and receive_sizes and send_sizes and len(send_sizes) == 2:
+            pair = group or dist.group.WORLD
+            assert pair is not None
+            parts = torch.split(received, receive_sizes), torch.split(sent, send_sizes)
+            _swap(*parts, place=place, pair=pair)
         else:
-            _swap(torch.split(received, receive_sizes), torch.split(sent, send_sizes), pair)
+            dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group)
     except RuntimeError as error:
         raise lost(error) from error
 
 
 def _swap(
-    received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor], pair: dist.ProcessGroup
+    received: Sequence[torch.Tensor],
+    sent: Sequence[torch.Tensor],
+    *,
+    place: int,
+    pair: dist.ProcessGroup,
 ) -> None:
     """What the other of two ranks sends; nothing where there is nothing."""
-    own = pair.rank()
-    other = 1 - own
-    under_way = [pair.recv([received[other]], other, 0)] if len(received[other]) else []
+    other = 1 - place
+    under_way = []
+    if len(received[other]):
+        under_way.append(pair.recv([received[other]], other, SWAP_TAG))
     if len(sent[other]):
-        under_way.append(pair.send([sent[other]], other, 0))
-    received[own].copy_(sent[own])
+        under_way.append(pair.send([sent[other]], other, SWAP_TAG))
+    received[place].copy_(sent[place])
     for work in under_way:
         work.wait()
 
@@ -104,8 +123,8 @@ def exchange_parts(
     others = [(rank + step) % num_ranks for step in range(1, num_ranks)]
     try:
         # The group's own methods: `dist.isend` and `irecv` take three times as long to begin.
-        under_way = [group.recv([received[other]], other, 0) for other in reversed(others)]
-        under_way += [group.send([sent[other]], other, 0) for other in others]
+        under_way = [group.recv([received[other]], other, PARTS_TAG) for other in reversed(others)]
+        under_way += [group.send([sent[other]], other, PARTS_TAG) for other in others]
         for work in under_way:
             work.wait()
     except RuntimeError as error:

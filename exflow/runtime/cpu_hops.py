@@ -6,7 +6,7 @@ X numbers of a head.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 Integers: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
+Laid: TypeAlias = tuple[torch.Tensor, list[int]]
 
 
 @kernel()
 def order_by_rank(wanted_NW: Flags) -> tuple[Integers, Integers]:
-    """`tables.order_by_rank`."""
+    """`hops.order_by_rank`."""
     num_rows, num_ranks = wanted_NW.shape
     counts_W = np.zeros(num_ranks, np.int64)
     for n in range(num_rows):
@@ -49,7 +50,7 @@ def relay_of(runs_W: Flags, node: int, end: int, per_node: int) -> int:
 
 
 @kernel("(i8[:, :], i8[:], b1, i8, i8, i8)")
-def departures(
+def lay_out_departures(
     ranks_TK: Integers,
     next_T: Integers,
     owners_move: bool,
@@ -86,7 +87,7 @@ def departures(
 
 
 @kernel("(i8[:, :], i8, i8, i8, i8)")
-def fans(
+def lay_out_fans(
     ranks_NK: Integers, first_near: int, end_near: int, rank: int, per_node: int
 ) -> tuple[Integers, Integers]:
     """`hops.find_fans`."""
@@ -102,7 +103,7 @@ def fans(
 
 
 @kernel("(i8[:, :], i8[:], i8, i8, i8)")
-def sums(
+def lay_out_sums(
     ranks_NK: Integers, next_N: Integers, rank: int, num_ranks: int, per_node: int
 ) -> tuple[tuple[Integers, Integers], ...]:
     """`hops.find_sums`: what is lent, borrowed, sent, mine, received."""
@@ -153,7 +154,7 @@ def find_departures(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`hops.find_departures`."""
     owners_move = next_T is not None
-    token_M, heads_WX = departures(
+    token_M, heads_WX = lay_out_departures(
         ranks_TK.numpy(),
         NOBODY if next_T is None else next_T.numpy(),
         owners_move,
@@ -166,27 +167,17 @@ def find_departures(
 
 def find_fans(ranks_NK: torch.Tensor, near: slice, place: Place) -> tuple[torch.Tensor, list[int]]:
     """`hops.find_fans`."""
-    row_M, counts_J = fans(
-        ranks_NK.numpy(), near.start, near.stop, place.rank, place.ranks_per_node
-    )
-    return torch.from_numpy(row_M), counts_J.tolist()
+    arguments = (ranks_NK.numpy(), near.start, near.stop, place.rank, place.ranks_per_node)
+    return _laid(*lay_out_fans(*arguments))
 
 
-def find_sums(ranks_NK: torch.Tensor, next_N: torch.Tensor, place: Place) -> dict[str, Any]:
-    """The fields of `hops.Sums`."""
-    found = sums(
+def find_sums(ranks_NK: torch.Tensor, next_N: torch.Tensor, place: Place) -> list[Laid]:
+    """Of `hops.find_sums` what is lent, borrowed, sent, mine (of one rank) and received."""
+    found = lay_out_sums(
         ranks_NK.numpy(), next_N.numpy(), place.rank, place.num_ranks, place.ranks_per_node
     )
-    rows = [torch.from_numpy(rows_M) for rows_M, _ in found]
-    counts = [counts_W.tolist() for _, counts_W in found]
-    return {
-        "lent_M": rows[0],
-        "lent_counts": counts[0],
-        "borrowed_M": rows[1],
-        "borrowed_counts": counts[1],
-        "sent_M": rows[2],
-        "sent_counts": counts[2],
-        "mine_T": rows[3],
-        "token_M": rows[4],
-        "received_counts": counts[4],
-    }
+    return [_laid(*places) for places in found]
+
+
+def _laid(rows_M: Integers, counts: Integers) -> Laid:
+    return torch.from_numpy(rows_M), counts.tolist()

@@ -11,7 +11,7 @@ Messages a MoE layer: the rows with their number, and the partial sums. On GPUs 
 before, in a message of their own.
 
 Shape suffixes: T tokens owned, N rows received, M places in a buffer, K choices, D hidden size,
-W ranks, B bytes of a row.
+B bytes of a row.
 """
 
 from __future__ import annotations

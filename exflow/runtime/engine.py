@@ -12,23 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from exflow.runtime.attention import Rotary
-from exflow.runtime.coherent import CoherentDispatcher
-from exflow.runtime.dispatcher import (
-    Dispatcher,
-    HomeDispatcher,
-    LocalDispatcher,
-)
-from exflow.runtime.hierarchical import (
-    HierarchicalCoherentDispatcher,
-    HierarchicalHomeDispatcher,
-)
+from exflow.runtime.dispatchers import hops_for, make_dispatchers
 from exflow.runtime.kv_budget import KvBudget
 from exflow.runtime.kv_cache import KvCache
 from exflow.runtime.limits import Limits
 from exflow.runtime.metrics import PHASES, PhaseMetrics
-from exflow.runtime.replicated import ReplicatedDispatcher
 from exflow.runtime.requests import NewToken
-from exflow.runtime.rows import RowFormat
 from exflow.runtime.scheduler import Scheduler
 from exflow.runtime.sharing import MESSAGE_BYTES, Routes, find_relays
 from exflow.runtime.steps import Steps
@@ -41,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from exflow.runtime.decoder import Decoder
+    from exflow.runtime.dispatchers import Hops
     from exflow.runtime.graphs import StepGraphs
     from exflow.runtime.metrics import Phase
     from exflow.runtime.ranks import Ranks
@@ -63,9 +53,12 @@ class EngineOptions:
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None for all. Ignored under `home`.
         dispatch: "flat"; "hierarchical": rows cross to a node once; "auto": hierarchical if the
-            job runs on several hosts and the plan has several ranks a node; "replicated": every
+            job runs on several hosts and the plan has several ranks a node (`--protocol auto`
+            decides before); "replicated": every
             rank attends to all tokens and only partial sums travel, for small batches, under
             `coherent` with one domain.
+        prefill_dispatch: how the tokens of prompts reach experts, and keys and values the other
+            nodes; "auto": as in decode steps, if `dispatch` says "flat" or "hierarchical".
         batch_size: requests in flight, over all ranks.
         kv_budget: memory for keys and values on each rank; without limits, what the longest
             `batch_size` requests need.
@@ -80,6 +73,7 @@ class EngineOptions:
     protocol: Protocol = "coherent"
     coherence_domain: int | None = None
     dispatch: Literal["auto"] | Dispatch = "auto"
+    prefill_dispatch: Literal["auto", "flat", "hierarchical"] = "auto"
     batch_size: int = 16
     kv_budget: KvBudget = field(default_factory=KvBudget)
     prefill_chunk: int | None = 2048
@@ -96,10 +90,15 @@ class EngineOptions:
             if count is not None and count < 1:
                 msg = f"--{name} must be at least 1, got {count}"
                 raise EngineError(msg)
-        known = {"protocol": PROTOCOLS, "dispatch": ("auto", *DISPATCHES)}
+        known = {
+            "protocol": PROTOCOLS,
+            "dispatch": ("auto", *DISPATCHES),
+            "prefill-dispatch": ("auto", "flat", "hierarchical"),
+        }
         for name, choices in known.items():
-            if getattr(self, name) not in choices:
-                msg = f"--{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
+            value = getattr(self, name.replace("-", "_"))
+            if value not in choices:
+                msg = f"--{name} must be one of {', '.join(choices)}; got {value!r}"
                 raise EngineError(msg)
 
     def dispatch_for(self, plan: PlacementPlan, ranks: Ranks) -> Dispatch:
@@ -109,7 +108,7 @@ class EngineOptions:
             EngineError: dispatch is to be replicated, and keys and values are not on all ranks.
         """
         if self.dispatch != "replicated":
-            return self.prefill_dispatch_for(plan, ranks)
+            return hops_for(self.dispatch, plan, ranks)
         if self.domain_size not in (None, ranks.num_ranks):
             msg = (
                 "--dispatch replicated needs the keys and values of all requests on every rank: "
@@ -118,22 +117,12 @@ class EngineOptions:
             raise EngineError(msg)
         return "replicated" if ranks.num_ranks > 1 else "flat"
 
-    def prefill_dispatch_for(
-        self, plan: PlacementPlan, ranks: Ranks
-    ) -> Literal["flat", "hierarchical"]:
-        """How the tokens of prompts reach experts; they are too many to be on all ranks.
-
-        Hierarchical, unless the user decides, if the job runs on several hosts. That costs two
-        more messages a layer, inside nodes, and saves rows between them; so it is for links that
-        differ. With one node, or one rank a node, there is nothing to fan out, and both are the
-        same. With one expert a token only keys and values are fanned out, once a step.
-        """
-        topology = plan.topology
-        if topology.num_nodes == 1 or topology.ranks_per_node == 1:
-            return "flat"
-        if self.dispatch == "flat" or self.dispatch == "hierarchical":
-            return self.dispatch
-        return "hierarchical" if ranks.num_ranks > ranks.ranks_per_node else "flat"
+    def prefill_dispatch_for(self, plan: PlacementPlan, ranks: Ranks) -> Hops:
+        """How the tokens of prompts reach experts; they are too many to be on all ranks."""
+        wanted = self.prefill_dispatch
+        if wanted == "auto" and self.dispatch != "replicated":
+            wanted = self.dispatch
+        return hops_for(wanted, plan, ranks)
 
     @property
     def domain_size(self) -> int | None:
@@ -191,25 +180,26 @@ class Engine:
         dispatch = options.dispatch_for(plan, ranks)
         domain_of_rank: list[int] = tables.domain_of_rank.tolist()
         nodes: list[int] = tables.node_of_rank.tolist()
-        is_flat = options.prefill_dispatch_for(plan, ranks) == "flat"
-        routes = Routes(domain_of_rank, None if is_flat else find_relays(domain_of_rank, nodes))
+        prompts = options.prefill_dispatch_for(plan, ranks)
+        has_hops = "hierarchical" in (prompts, dispatch)
+        routes = Routes(domain_of_rank, find_relays(domain_of_rank, nodes) if has_hops else None)
         wire = Wire(
             ranks,
             embedding.device,
             self.metrics["prefill"],
-            num_nodes=1 if is_flat else plan.topology.num_nodes,
+            num_nodes=plan.topology.num_nodes if has_hops else 1,
             has_background=routes.has_domains,
         )
         self._steps = Steps(
             decoder=decoder,
             rotary=Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device),
-            dispatchers=_make_dispatchers(
+            dispatchers=make_dispatchers(
                 tables,
                 wire,
                 decoder,
-                is_flat=is_flat,
+                prompts=prompts,
+                steps=dispatch,
                 is_coherent=options.protocol == "coherent",
-                is_replicated=dispatch == "replicated",
             ),
             wire=wire if ranks.num_ranks > 1 else None,
             metrics=self.metrics,
@@ -331,42 +321,3 @@ class Engine:
             device=self._embedding.device,
         )
         return cache, self._steps.graphs_for(cache)
-
-
-def _make_dispatchers(
-    tables: PlacementTables,
-    wire: Wire,
-    decoder: Decoder,
-    *,
-    is_flat: bool,
-    is_coherent: bool,
-    is_replicated: bool,
-) -> dict[Phase, Dispatcher]:
-    """Prompts are read at home; decode follows the protocol."""
-    if tables.num_ranks == 1:
-        local = LocalDispatcher(tables=tables)
-        return {"prefill": local, "decode": local}
-    definition = decoder.definition
-
-    def row_format(*, has_owner: bool) -> RowFormat:
-        return RowFormat(
-            hidden_size=definition.hidden_size,
-            top_k=definition.top_k,
-            dtype=decoder.weights.embedding.dtype,
-            has_owner=has_owner,
-        )
-
-    is_flat = is_flat or definition.top_k == 1
-    home_type = HomeDispatcher if is_flat else HierarchicalHomeDispatcher
-    home = home_type(tables=tables, format=row_format(has_owner=False), wire=wire)
-    if is_replicated:
-        return {"prefill": home, "decode": ReplicatedDispatcher(tables=tables, wire=wire)}
-    if not is_coherent:
-        return {"prefill": home, "decode": home}
-    owned = row_format(has_owner=True)
-    if not is_flat:
-        moving = HierarchicalCoherentDispatcher(tables=tables, format=owned, wire=wire)
-        return {"prefill": home, "decode": moving}
-    num_domains = int(tables.domain_of_rank.max()) + 1
-    coherent = CoherentDispatcher(tables=tables, format=owned, wire=wire, num_domains=num_domains)
-    return {"prefill": home, "decode": coherent}

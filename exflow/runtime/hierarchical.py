@@ -11,8 +11,8 @@ Messages a MoE layer: four, two of them inside nodes, where flat dispatch has tw
 numbers of both hops, then fan out; partial sums are added on their node, then cross. On GPUs the
 numbers go before.
 
-Shape suffixes: T tokens owned, N rows, M places in a buffer, K choices, D hidden size, W ranks,
-J ranks of a node, B bytes of a row.
+Shape suffixes: T tokens owned, N rows, M places in a buffer, K choices, D hidden size, B bytes of
+a row.
 """
 
 from __future__ import annotations
@@ -38,13 +38,11 @@ class Fan:
     """The second hop, inside a node.
 
     Attributes:
-        rows_NB: rows that relays passed on to this rank, sorted by relay.
         sent_M: of the rows that crossed to this rank, those that it passed on, rank by rank.
         sent_counts: how many to each rank of the node.
         received_counts: how many from each.
     """
 
-    rows_NB: torch.Tensor
     sent_M: torch.Tensor
     sent_counts: list[int]
     received_counts: list[int]
@@ -57,7 +55,8 @@ class HomeHopsRecord:
     layer: int
     tokens: Tokens
     token_M: torch.Tensor
-    arrival: Arrival
+    sent_counts: list[int]
+    received_counts: list[int]
     fan: Fan
 
 
@@ -82,15 +81,15 @@ class HierarchicalHomeDispatcher:
             layer=layer,
             payload_bytes=row_format.payload_bytes,
         )
-        fan = fan_out(row_format, tables, self.wire, layer, arrival, arrival.totals)
+        rows_NB, fan = fan_out(row_format, tables, self.wire, layer, arrival, arrival.totals)
         record = HomeHopsRecord(
             layer=layer,
             tokens=tokens,
             token_M=departure.token_M,
-            arrival=arrival,
+            sent_counts=arrival.sent_counts,
+            received_counts=arrival.received_counts,
             fan=fan,
         )
-        rows_NB = torch.cat([arrival.rows_NB, fan.rows_NB])
         metadata = row_format.metadata(rows_NB)
         return rows_of(row_format, tables, layer, rows_NB, metadata), record
 
@@ -100,8 +99,7 @@ class HierarchicalHomeDispatcher:
 
     def combine(self, partial_ND: torch.Tensor, record: HomeHopsRecord) -> Tokens:
         """Partial sums return to the relays, are added there, and go on to the owners."""
-        arrival, fan = record.arrival, record.fan
-        num_crossed = len(arrival.rows_NB)
+        fan, num_crossed = record.fan, sum(record.received_counts)
         returned_MD = exchange_partials(
             self.wire,
             partial_ND[num_crossed:],
@@ -112,7 +110,7 @@ class HierarchicalHomeDispatcher:
         )
         sums_ND = partial_ND[:num_crossed].index_add(0, fan.sent_M, returned_MD)
         returned_MD = exchange_partials(
-            self.wire, sums_ND, arrival.received_counts, arrival.sent_counts, record.layer
+            self.wire, sums_ND, record.received_counts, record.sent_counts, record.layer
         )
         tokens = record.tokens
         total_TD = torch.zeros_like(tokens.hidden).index_add_(0, record.token_M, returned_MD)
@@ -148,8 +146,7 @@ class HierarchicalCoherentDispatcher:
             payload_bytes=row_format.payload_bytes,
         )
         owned, fans = arrival.totals[: tables.num_ranks], arrival.totals[tables.num_ranks :]
-        fan = fan_out(row_format, tables, self.wire, layer, arrival, fans)
-        rows_NB = torch.cat([arrival.rows_NB, fan.rows_NB])
+        rows_NB, _ = fan_out(row_format, tables, self.wire, layer, arrival, fans)
         slots_N, _ = row_format.metadata(rows_NB).owners
         rows_NB = rows_NB.index_select(0, slots_N.argsort())
         return coherent_rows(row_format, tables, layer, rows_NB, owned=tuple(owned))
@@ -165,13 +162,13 @@ class HierarchicalCoherentDispatcher:
         sums = find_sums(record.ranks_NK, record.next_owner_N, self.tables.place)
         returned_MD = exchange_partials(
             self.wire,
-            partial_ND.index_select(0, sums.lent_M),
-            sums.lent_counts,
-            sums.borrowed_counts,
+            partial_ND.index_select(0, sums.lent.rows_M),
+            sums.lent.counts,
+            sums.borrowed.counts,
             record.layer,
             in_node=True,
         )
-        sums_ND = partial_ND.index_add(0, sums.borrowed_M, returned_MD)
+        sums_ND = partial_ND.index_add(0, sums.borrowed.rows_M, returned_MD)
         return collect_sums(self.wire, sums_ND, record, sums)
 
 
@@ -182,13 +179,17 @@ def fan_out(
     layer: int,
     arrival: Arrival,
     received_counts: list[int],
-) -> Fan:
-    """Rows from other nodes go on from relays to the other ranks of their node."""
+) -> tuple[torch.Tensor, Fan]:
+    """Rows from other nodes go on from relays to the other ranks of their node.
+
+    Returns:
+        Rows that crossed to this rank, then those that relays passed on to it; and the second hop.
+    """
     node, counts = tables.place.node, arrival.received_counts
     near = slice(sum(counts[: node.start]), sum(counts[: node.stop]))
     ranks_NK = row_format.metadata(arrival.rows_NB).choices // tables.num_experts
     sent_M, sent_counts = find_fans(ranks_NK, near, tables.place)
-    rows_NB = wire.exchange_rows(
+    fanned_NB = wire.exchange_rows(
         arrival.rows_NB.index_select(0, sent_M),
         sent_counts,
         received_counts,
@@ -197,6 +198,5 @@ def fan_out(
         payload_bytes=row_format.payload_bytes,
         in_node=True,
     )
-    return Fan(
-        rows_NB=rows_NB, sent_M=sent_M, sent_counts=sent_counts, received_counts=received_counts
-    )
+    fan = Fan(sent_M=sent_M, sent_counts=sent_counts, received_counts=received_counts)
+    return torch.cat([arrival.rows_NB, fanned_NB]), fan

@@ -191,14 +191,16 @@ def _engine_options(
 ) -> EngineOptions:
     """The user's options with nothing left to choose."""
     engine = options.engine
+    prompts = engine.prefill_dispatch_for(plan, ranks)
     if options.routing is None:
-        return replace(engine, dispatch=engine.dispatch_for(plan, ranks))
-    dispatches: set[Dispatch] = {engine.prefill_dispatch_for(plan, ranks)}
-    batch_bytes = engine.batch_size * definition.hidden_size * dtype.itemsize
-    if engine.dispatch == "auto" and batch_bytes <= REPLICATED_BYTES:
-        dispatches.add("replicated")
-    elif engine.dispatch == "replicated":
-        dispatches = {"replicated"}
+        steps = engine.dispatch_for(plan, ranks)
+        return replace(engine, dispatch=steps, prefill_dispatch=prompts)
+    dispatches: set[Dispatch] = {"replicated" if engine.dispatch == "replicated" else prompts}
+    if engine.dispatch == "auto":
+        if definition.top_k > 1:
+            dispatches.add("flat")
+        if engine.batch_size * definition.hidden_size * dtype.itemsize <= REPLICATED_BYTES:
+            dispatches.add("replicated")
     trace = RoutingTrace.load(options.routing)
     choices = rank_protocols(
         trace,
@@ -211,6 +213,7 @@ def _engine_options(
         ),
         links=Links() if options.links is None else Links.load(options.links),
         dispatches=dispatches,
+        sharing=prompts,
     )
     best = choices[0]
     if ranks.is_first:
@@ -221,6 +224,7 @@ def _engine_options(
         protocol=best.protocol,
         coherence_domain=best.coherence_domain,
         dispatch=best.dispatch,
+        prefill_dispatch=prompts,
     )
 
 

@@ -66,6 +66,7 @@ def rank_protocols(
     shape: Shape,
     links: Links,
     dispatches: Collection[Dispatch],
+    sharing: Dispatch = "flat",
 ) -> list[Choice]:
     """`home`, and `coherent` within nodes and over all ranks; the cheapest by `caution` first.
 
@@ -78,12 +79,13 @@ def rank_protocols(
         links: latencies and bandwidths.
         dispatches: of "flat", "hierarchical", which adds two messages inside nodes to each layer,
             but none where a token has one expert, and "replicated".
+        sharing: "hierarchical" where keys and values cross to a node once even if rows go flat.
     """
     if trace.num_tokens > MAX_TOKENS:
         trace = _first(trace, MAX_TOKENS)
     domains = sorted({1, plan.topology.ranks_per_node, plan.num_ranks})
     choices = [
-        _choice(trace, plan, domain, shape=shape, links=links, dispatch=dispatch)
+        _choice(trace, plan, domain, shape=shape, links=links, dispatch=dispatch, sharing=sharing)
         for dispatch in sorted(dispatches)
         for domain in (domains if dispatch != "replicated" else [plan.num_ranks])
     ]
@@ -98,6 +100,7 @@ def _choice(
     shape: Shape,
     links: Links,
     dispatch: Dispatch,
+    sharing: Dispatch,
 ) -> Choice:
     protocol: Protocol = "home" if domain == 1 else "coherent"
     is_replicated = dispatch == "replicated"
@@ -111,7 +114,8 @@ def _choice(
     seconds = step_seconds(rows, plan, shape=shape, links=links, phases=1 if is_single else 2)
     kv = 0.0
     if not is_replicated:
-        kv = kv_seconds(plan, domain, shape=shape, links=links, dispatch=dispatch)
+        hops: Dispatch = "hierarchical" if "hierarchical" in (dispatch, sharing) else "flat"
+        kv = kv_seconds(plan, domain, shape=shape, links=links, dispatch=hops)
     if dispatch == "hierarchical" and trace.top_k > 1:
         seconds += 2 * plan.num_layers * links.intra_latency
     return Choice(

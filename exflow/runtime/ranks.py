@@ -186,11 +186,11 @@ class Ranks:
             return [array]
         length = torch.tensor([len(array)] * self.num_ranks, device=device)
         lengths = torch.empty_like(length)
-        all_to_all(lengths, length)
+        all_to_all(lengths, length, place=self.rank)
         sizes = lengths.tolist()
         sent = array.to(device).repeat(self.num_ranks)
         received = torch.empty(sum(sizes), dtype=array.dtype, device=device)
-        all_to_all(received, sent, sizes, [len(array)] * self.num_ranks)
+        all_to_all(received, sent, sizes, [len(array)] * self.num_ranks, place=self.rank)
         return list(torch.split(received.cpu(), sizes))
 
     @contextlib.contextmanager

@@ -14,8 +14,13 @@ import torch
 
 from exflow.runtime import cpu_rows
 from exflow.runtime.experts import is_known
+from placement.errors import UserError
 
 WORD = 4
+
+
+class RowError(UserError):
+    """Rows that cannot be sent."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,12 +41,24 @@ class Metadata:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """Where the parts of a row are."""
+    """Where the parts of a row are.
+
+    Raises:
+        RowError: a hidden state is not a whole number of words.
+    """
 
     hidden_size: int
     top_k: int
     dtype: torch.dtype
     has_owner: bool
+
+    def __post_init__(self) -> None:
+        if self.payload_bytes % WORD:
+            msg = (
+                f"a hidden state of {self.hidden_size} elements in {self.dtype} is not a whole "
+                f"number of {WORD} bytes; use --dtype float32"
+            )
+            raise RowError(msg)
 
     @property
     def payload_bytes(self) -> int:

@@ -15,8 +15,8 @@ A step ends with one more message, of what every rank needs and, if they are few
     | slot, token id: int32 pairs | records |
 
 Every rank knows how many tokens each rank owned at every layer, so the sizes need no message. Where
-dispatch is hierarchical and a domain spans nodes, records cross to each node once, and who waited for
-them fans them out inside. Shape suffixes: T tokens, N records, B bytes of a record, F entry elements.
+dispatch (of prompts or decode) is hierarchical and a domain spans nodes, records cross to each node
+once, and who waited for them fans them out inside. Shape suffixes: T tokens, N records, B bytes of a record, F entry elements.
 """
 
 from __future__ import annotations

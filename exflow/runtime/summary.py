@@ -74,6 +74,7 @@ def summarize(
         "protocol": prepared.engine.protocol,
         "coherence_domain": prepared.engine.domain_size or ranks.num_ranks,
         "dispatch": _dispatch(prepared),
+        "prefill_dispatch": prepared.engine.prefill_dispatch,
         "world_size": ranks.num_ranks,
         "batch_size": prepared.engine.batch_size,
         "dtype": str(prepared.dtype).removeprefix("torch."),

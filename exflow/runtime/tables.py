@@ -1,8 +1,8 @@
-"""A plan as lookup tables on the device, and the index arithmetic of dispatch and combine.
+"""A plan as lookup tables on the device, and the rules of `placement.rules` by them.
 
 A *choice* is one number for a (rank, logical expert) pair: rank * E + expert.
 Shape suffixes: T tokens, K experts a token, E logical experts, L MoE layers, W ranks, J ranks of a
-node, N rows.
+node.
 """
 
 from __future__ import annotations
@@ -191,31 +191,3 @@ class PlacementTables:
     def has_one_domain(self) -> bool:
         """Whether a token may be owned by any rank."""
         return len(set(self.domain_of_rank.tolist())) == 1
-
-
-def ranks_that_run(ranks_TK: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """Bool (T, W): whether a rank runs any of a token's experts.
-
-    >>> ranks_that_run(torch.tensor([[2, 0], [1, 1]]), 3).tolist()
-    [[True, False, True], [False, True, False]]
-    """
-    runs_TW = ranks_TK.new_zeros((len(ranks_TK), num_ranks), dtype=torch.bool)
-    return runs_TW.scatter_(1, ranks_TK, value=True)
-
-
-def order_by_rank(wanted_TW: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """The rows to lay out for an all-to-all: rank by rank, in rising order within one.
-
-    Args:
-        wanted_TW: whether row t goes to (or comes from) rank w.
-
-    Returns:
-        The row of each place in the buffer, and the number of places of each rank.
-
-    >>> rows, counts = order_by_rank(torch.tensor([[True, False], [True, True]]))
-    >>> rows.tolist(), counts
-    ([0, 1, 1], [2, 1])
-    """
-    rows_N = wanted_TW.t().nonzero()[:, 1]
-    counts: list[int] = wanted_TW.sum(dim=0).tolist()
-    return rows_N, counts

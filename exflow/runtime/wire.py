@@ -117,7 +117,14 @@ class Wire:
         group = self._node_group if in_node else None
         width = rows_NB.shape[1]
         received = rows_NB.new_empty((sum(receive_counts), width))
-        all_to_all(received, rows_NB, list(receive_counts), list(send_counts), group=group)
+        all_to_all(
+            received,
+            rows_NB,
+            list(receive_counts),
+            list(send_counts),
+            place=self.rank - first,
+            group=group,
+        )
         self._count_rows(kind, layer, send_counts, width, payload_bytes, first=first)
         return received
 
@@ -125,7 +132,7 @@ class Wire:
         """(W, N, B) the uint8 rows of every rank, by rank; all have as many."""
         sent = rows_NB.repeat(self.num_ranks, 1)
         received = torch.empty_like(sent)
-        all_to_all(received, sent)
+        all_to_all(received, sent, place=self.rank)
         row_counts = self.metrics.rows[kind][layer]
         row_counts += len(rows_NB)
         row_counts[self.rank] -= len(rows_NB)
@@ -161,7 +168,8 @@ class Wire:
             sent = [head[0] for head in told]
             received = [head[0] for head in heard]
             rows_NB = rows_TB.new_empty((sum(received), rows_TB.shape[1]))
-            all_to_all(rows_NB, rows_TB.index_select(0, departure.token_M), received, sent)
+            sent_MB = rows_TB.index_select(0, departure.token_M)
+            all_to_all(rows_NB, sent_MB, received, sent, place=self.rank)
         else:
             sent = heads_WX[:, 0].tolist()
             assert max(sent) <= at_most[self.rank]
@@ -200,7 +208,7 @@ class Wire:
     def _exchange_heads(self, heads_WX: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """What this rank says to each, and what each says to it."""
         received = torch.empty_like(heads_WX)
-        all_to_all(received, heads_WX.contiguous())
+        all_to_all(received, heads_WX.contiguous(), place=self.rank)
         self.metrics.messages["counts"] += 1
         told, heard = torch.stack([heads_WX, received]).tolist()
         return told, heard
@@ -225,7 +233,9 @@ class Wire:
         """
         received = content.new_empty(sum(receive_sizes))
         group = self._node_group if in_node else None
-        all_to_all(received, content, list(receive_sizes), list(send_sizes), group=group)
+        place = self.rank - (self.first_of_node if in_node else 0)
+        sizes = list(receive_sizes), list(send_sizes)
+        all_to_all(received, content, *sizes, place=place, group=group)
         (metrics or self.metrics).messages["share"] += 1
         return received
 

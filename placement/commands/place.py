@@ -82,6 +82,14 @@ def place(
     max_moves: Annotated[
         int | None, typer.Option(help="With --from: copies that may be somewhere new.")
     ] = None,
+    keep_groups: Annotated[
+        bool,
+        typer.Option(
+            "--keep-groups",
+            help="With --from: only which rank each of its groups of experts is on may change, "
+            "so that loads stay as even as they are.",
+        ),
+    ] = False,
     spread: Annotated[
         bool, typer.Option("--spread", help="Keep the copies of an expert on different nodes.")
     ] = False,
@@ -116,6 +124,9 @@ def place(
     if backend != "exflow" and (evaluate or weights == "fair"):
         msg = f"--evaluate and --weights fair count exflow's rows; leave them out with {backend}"
         raise StrategyError(msg)
+    if keep_groups and (evaluate or strategy != "affinity"):
+        msg = "--keep-groups is for --strategy affinity; --evaluate fits plans afresh: leave it out"
+        raise StrategyError(msg)
     parts = [RoutingTrace.load(path) for path in traces]
     trace = merge_traces(parts)
     if evaluate or strategy.replace("-", "_") not in LOAD_STRATEGIES:
@@ -132,6 +143,7 @@ def place(
         time_limit=time_limit,
         start=None if start is None else PlacementPlan.load(start),
         max_moves=max_moves,
+        keep_groups=keep_groups,
         spread=spread,
     )
     if links is not None:
@@ -241,12 +253,13 @@ def _show_table(
     from placement.evaluation import compare_strategies, format_table
 
     effort = options.effort * TABLE_EFFORT
-    fresh = replace(options, start=None, max_moves=None, effort=effort)
+    fresh = replace(options, start=None, max_moves=None, keep_groups=False, effort=effort)
     quick = replace(fresh, time_limit=min(options.time_limit or 1e9, TABLE_SOLVER_SECONDS))
     baselines = [name for name in TABLE if name != strategy.replace("-", "_")]
     common: dict[str, Any] = {"slots_per_rank": slots_per_rank}
     rows = compare_strategies(trace, topology, baselines, options=quick, **common)
-    rows += compare_strategies(trace, topology, [strategy], options=fresh, **common)
+    own = options if options.keep_groups else fresh
+    rows += compare_strategies(trace, topology, [strategy], options=own, **common)
     typer.echo(
         "\nheld-out tokens (plans fitted on the other half of the sequences, with less search)"
     )

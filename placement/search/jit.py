@@ -34,8 +34,15 @@ SOURCES = sources()
 
 
 def kernel(function: Function) -> Function:
-    """Compiles a function to machine code, kept on disk for the next start."""
-    compiled = njit(**OPTIONS)(function)
-    if hasattr(compiled, "_cache"):  # not under NUMBA_DISABLE_JIT
-        compiled._cache._cache_file._source_stamp = SOURCES
+    """Compiles a function to machine code, kept on disk for the next start.
+
+    Where no folder can be written to, each start compiles anew.
+    """
+    try:
+        compiled = njit(**OPTIONS)(function)
+    except RuntimeError:  # numba's word for a cache without a place
+        compiled = njit(**OPTIONS | {"cache": False})(function)
+    cache = getattr(compiled, "_cache", None)  # none under NUMBA_DISABLE_JIT
+    if cache is not None and hasattr(cache, "_cache_file"):
+        cache._cache_file._source_stamp = SOURCES
     return cast("Function", compiled)

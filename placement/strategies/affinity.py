@@ -4,7 +4,7 @@ First without replicas on pair counts, then simulated annealing on the true cost
 layout is priced by routing again the tokens that use the experts concerned, by the same rules as
 `placement.rules`, owners and replicas included. Changes: two experts of a layer exchange ranks;
 with spare slots a replica is added or moves. More than 64 ranks: the same for nodes, then the
-experts of a node go to its ranks by load.
+experts of a node go to its ranks by load. With `keep_groups` only the ranks of a plan are renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from placement.plan import PlacementPlan, Strategy
 from placement.search.caps import Caps, expected_imbalance
 from placement.search.generations import LEAST_EFFORT, SEARCHES, SHARE, solve_by_generations
-from placement.search.solve import Search, solve
+from placement.search.recombine import recombine
+from placement.search.solve import VISITS, Search, solve
 from placement.search.start import anneal_pairs
 from placement.search.state import (
     hosts_of,
@@ -63,6 +64,8 @@ def place(
         StrategyError: if the slots cannot hold the experts, or no plan keeps `max_imbalance`.
     """
     options = options or PlacementOptions()
+    if options.keep_groups:
+        return _keep_groups(trace, topology, options)
     num_slots = slots_per_rank_for(trace, topology, slots_per_rank)
     _check_backend(options.backend, num_slots * topology.num_ranks > trace.num_experts)
     if topology.num_ranks > MAX_RANKS:
@@ -73,9 +76,34 @@ def place(
 def _place(
     trace: RoutingTrace, topology: Topology, num_slots: int, options: PlacementOptions
 ) -> PlacementPlan:
-    caps = _caps(options)
-    search = _solve(trace, topology, num_slots, options, caps)
-    flow = search.flow()
+    search = _solve(trace, topology, num_slots, options, _caps(options))
+    return _planned(search, trace, topology, options)
+
+
+def _keep_groups(
+    trace: RoutingTrace, topology: Topology, options: PlacementOptions
+) -> PlacementPlan:
+    """The plan to start from with its ranks renamed at every layer, and an outlook."""
+    if topology.num_ranks > MAX_RANKS:
+        msg = f"keep_groups is for at most {MAX_RANKS} ranks, got {topology.num_ranks}"
+        raise StrategyError(msg)
+    assert options.start is not None
+    num_slots = max(len(experts) for ranks in options.start.slots for experts in ranks)
+    search = _start(trace, topology, num_slots, options)
+    search.layout = recombine(
+        search.tokens, search.machine, [search.layout], [search.flow()], np.inf
+    )
+    search.look_ahead(VISITS)
+    return _planned(search, trace, topology, options)
+
+
+def _planned(
+    search: Search, trace: RoutingTrace, topology: Topology, options: PlacementOptions
+) -> PlacementPlan:
+    """The plan of a search that has ended."""
+    cap, flow = options.max_imbalance, search.flow()
+    if cap is None and not options.keep_groups:
+        cap = _caps(options).rank
     if options.max_imbalance is not None:
         _check_cap(flow.load, options.max_imbalance, trace)
     plan = PlacementPlan.from_hosts(
@@ -87,8 +115,8 @@ def _place(
             name="affinity",
             seed=options.seed,
             options=options.summary(
-                slots_per_rank=num_slots,
-                max_imbalance=caps.rank if np.isfinite(caps.rank) else None,
+                slots_per_rank=search.layout.slots.shape[2],
+                max_imbalance=cap if cap is not None and np.isfinite(cap) else None,
             ),
         ),
     )

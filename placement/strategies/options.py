@@ -44,6 +44,8 @@ class PlacementOptions:
         intra_node_cost: cost of a row inside a node, where a row between nodes costs 1.
         start: a plan to start from; None: a fresh one.
         max_moves: copies that may be where `start` has none; None: any number.
+        keep_groups: the experts that share a rank in `start` go on sharing one, only which one it is
+            may change; without copies, loads stay as they are.
         spread: copies of an expert must be on different nodes.
         token_weights: (tokens,) what each token of the trace counts for; None: 1.
     """
@@ -59,6 +61,7 @@ class PlacementOptions:
     intra_node_cost: float = INTRA_NODE_COST
     start: PlacementPlan | None = None
     max_moves: int | None = None
+    keep_groups: bool = False
     spread: bool = False
     token_weights: NDArray[np.float32] | None = None
 
@@ -82,6 +85,21 @@ class PlacementOptions:
             msg = "max_moves counts from a plan: give one with --from, and a number from 0"
             raise StrategyError(msg)
 
+        if self.keep_groups:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Renaming ranks saves rows where an owner may move to any of them."""
+        if self.start is None or self.max_moves is not None:
+            msg = "keep_groups takes the groups of a plan: give one with --from, without max_moves"
+            raise StrategyError(msg)
+        if self.protocol == "home" or self.coherence_domain is not None:
+            msg = (
+                "keep_groups only decides which rank a group is on, which saves rows where owners "
+                "may move to any rank: use --protocol coherent without --coherence-domain"
+            )
+            raise StrategyError(msg)
+
     @property
     def domain_size(self) -> int | None:
         """The coherence domain: one rank under `home`."""
@@ -100,6 +118,7 @@ class PlacementOptions:
             "mean_imbalance": self.mean_imbalance,
             "effort": self.effort,
             "max_moves": self.max_moves,
+            "keep_groups": self.keep_groups or None,
             "spread": self.spread or None,
             **more,
         }

@@ -97,6 +97,7 @@ def read(output: Path, metrics: dict[str, Any] | None, ranks_per_unit: int | Non
             "ran": f"{metrics['protocol']}, domain {metrics['coherence_domain']}",
             "own_bytes": bytes_between(metrics, per_unit),
             "rows_between": rows_between(decode, metrics["world_size"], per_unit),
+            "dispatch": metrics["dispatch"],
             "rows_per_token": metrics["rows_per_token"]["total"],
             "measured_equals_predicted": metrics["measured_equals_predicted"],
             "messages": decode["messages"],
@@ -116,7 +117,7 @@ def bytes_between(metrics: Mapping[str, Any], per_unit: int) -> float:
     """Bytes that left a unit while decoding.
 
     Rows are counted by link. Counts and tokens go to every other rank; keys and values too, in one
-    domain, but where dispatch is hierarchical they cross to a unit once.
+    domain, but where prompts go by hierarchical dispatch they cross to a unit once.
     """
     phase, ranks = metrics["phases"]["decode"], metrics["world_size"]
     num_bytes, num_rows = phase["bytes"], {}
@@ -129,7 +130,7 @@ def bytes_between(metrics: Mapping[str, Any], per_unit: int) -> float:
     total += num_bytes.get("metadata", 0) * crossed / max(1, dispatched)
     to_others = (ranks - per_unit) / max(1, ranks - 1)
     total += to_others * sum(num_bytes.get(kind, 0) for kind in SHARED_WITH_ALL)
-    is_once = metrics["dispatch"] == "hierarchical"
+    is_once = metrics["prefill_dispatch"] == "hierarchical"
     to_units = (ranks // per_unit - 1) / max(1, ranks - 1) if is_once else to_others
     crosses = metrics["coherence_domain"] > per_unit
     return float(total + crosses * to_units * num_bytes.get("kv_share", 0))

@@ -66,6 +66,7 @@ def summarise_counts(arm: dict[str, Any]) -> dict[str, Any]:
     between = sent.get("trunk_bytes") or sent["sent_bytes"]
     return {
         "ran": runs[0]["ran"],
+        "dispatch": runs[0]["dispatch"],
         "own_bytes": round(own, 1),
         "interface_over_own": round(between / own, 4) if own else None,
         "rows_per_token": round(runs[0]["rows_per_token"], 3),

@@ -74,6 +74,24 @@ def check_flat(model, result, case, traffic):
     assert messages["share"] == (1 + by_layer + spans_nodes * shared) * result.decode["steps"]
 
 
+def test_decode_steps_may_be_flat_where_prompts_and_keys_cross_once(model):
+    plan = make_plan(model.definition, 4, "random")
+    cases = [make_case(plan, *protocol) for protocol in protocols(4)]
+    mixed = {"dispatch": "flat", "prefill_dispatch": "hierarchical"}
+    cases = [replace(case, options=replace(case.options, **mixed)) for case in cases]
+    by_rank = run_ranks(4, decode_all, model, cases, timeout=280)
+    for number, case in enumerate(cases):
+        results = [results[number] for results in by_rank]
+        assert all(result.tokens == model.tokens for result in results)
+        check_logits({k: row for result in results for k, row in result.logits.items()}, model)
+        check_traffic(results[0], case)
+        decode = results[0].decode
+        layers = plan.num_layers * decode["steps"]
+        assert decode["messages"]["dispatch"] == decode["messages"]["combine"] == layers
+        passed_on = decode["steps"] * (case.options.domain_size not in (1, 2))
+        assert decode["messages"]["share"] == decode["steps"] + passed_on
+
+
 def test_with_one_expert_a_token_only_keys_and_values_are_fanned_out(tmp_path):
     model = save_model(qwen3_moe, tmp_path, num_experts_per_tok=1)
     plan = make_plan(model.definition, 4, "random")

@@ -176,7 +176,15 @@ def test_auto_takes_the_cheapest_protocol_on_every_rank_and_never_changes_tokens
             routing=first.trace,
             links=links,
         )
-    assert run_ranks(2, try_jobs, list(arms.values())) == [[None, None]] * 2
+    # `exflow run --protocol auto` leaves "home" in the options until it has chosen.
+    arms["asked"] = job(
+        engine=EngineOptions(protocol="home", dispatch="replicated"),
+        output=tmp_path / "asked.jsonl",
+        metrics=tmp_path / "asked.metrics",
+        routing=first.trace,
+        links=tmp_path / "slow.json",
+    )
+    assert run_ranks(2, try_jobs, list(arms.values())) == [[None] * 3] * 2
     for name, arm in arms.items():
         assert {json.dumps(line) for line in read(arm.output)} == {
             json.dumps(line) for line in read(first.output)
@@ -185,6 +193,9 @@ def test_auto_takes_the_cheapest_protocol_on_every_rank_and_never_changes_tokens
         assert metrics["measured_equals_predicted"] is True
         trace, plan = RoutingTrace.load(first.trace), linear_plan()
         shape = Shape(hidden_size=64, kv_elements=64, element_bytes=4, tokens_per_rank=8)
+        if name == "asked":
+            assert metrics["dispatch"] == "replicated"
+            continue
         best = rank_protocols(
             trace,
             plan,

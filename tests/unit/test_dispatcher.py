@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from exflow.runtime.dispatcher import LocalDispatcher, Tokens
 from exflow.runtime.expert_weights import ExpertWeights
 from exflow.runtime.experts import run_chosen, run_experts
+from exflow.runtime.hops import order_by_rank, ranks_that_run
 from exflow.runtime.rows import RowFormat
 from exflow.runtime.sharing import Routes, find_relays
-from exflow.runtime.tables import PlacementTables, order_by_rank, ranks_that_run
+from exflow.runtime.tables import PlacementTables
 from placement.plan import PlacementPlan, Strategy
 from placement.rules import choose_ranks
 from placement.topology import Topology

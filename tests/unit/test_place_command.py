@@ -102,6 +102,17 @@ def test_compare_tells_what_a_warm_start_moves(folder):
     assert rows[1] < rows[0]
 
 
+def test_the_groups_of_a_plan_are_kept_and_shown_beside_the_baselines(folder):
+    place(folder, "b.json", "--no-compare", "--strategy", "balanced")
+    done = place(folder, "g.json", "--from", "b.json", "--keep-groups")
+    assert done.returncode == 0, done.stderr
+    assert "affinity" in done.stdout.split("held-out")[1]
+    words = ("compare", "b.json", "g.json", "--trace", "trace.safetensors", "--json")
+    before, after = json.loads(call(folder, *words).stdout)["plans"]
+    assert after["imbalance"] == pytest.approx(before["imbalance"])
+    assert after["rows_per_token"]["total"] < before["rows_per_token"]["total"]
+
+
 @pytest.mark.parametrize("weights", ["3,1", "even", "fair"])
 def test_several_traces_are_weighed(folder, weights):
     words = ("place", "trace.safetensors", "other.safetensors", "-o", "w.json")
@@ -120,6 +131,9 @@ def test_several_traces_are_weighed(folder, weights):
         (("--weights", "1,2"), "for each of 1 traces"),
         (("--from", "missing.json"), "no such plan"),
         (("--max-moves", "3"), "--from"),
+        (("--keep-groups",), "--from"),
+        (("--keep-groups", "--strategy", "balanced"), "for --strategy affinity"),
+        (("--keep-groups", "--evaluate"), "--evaluate fits plans afresh"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(folder, words, message):

@@ -111,3 +111,24 @@ def test_replication_is_for_steps_whose_messages_take_longer_than_their_bytes(tr
         assert replicated.layers_us > 6 * 100  # one message a layer
         found.add((hidden_size == 1, first.dispatch))
     assert found == {(True, "replicated"), (False, "flat")}
+
+
+def test_few_bytes_go_flat_and_many_by_relays(trace, plan):
+    scattered = np.random.default_rng(0).random((200, 6, 16)).argsort(axis=2)[:, :, :2]
+    trace = dataclasses.replace(trace, expert_ids=scattered.astype(np.int16))
+    links = dataclasses.replace(LINKS, intra_latency=1e-4, inter_latency=1e-4)
+    found = {}
+    for tokens in (1, 1000):
+        shape = Shape(hidden_size=1024, kv_elements=1 << 16, tokens_per_rank=tokens)
+        choices = rank_protocols(
+            trace,
+            plan,
+            shape=shape,
+            links=dataclasses.replace(links, inter_bandwidth=1e9),
+            dispatches={"flat", "hierarchical"},
+            sharing="hierarchical",
+        )
+        found[tokens] = choices[0].dispatch
+        kv = {(c.dispatch, c.coherence_domain): c.kv_us for c in choices}
+        assert kv["flat", 4] == kv["hierarchical", 4] > 0, "keys and values cross once either way"
+    assert found == {1: "flat", 1000: "hierarchical"}

@@ -53,3 +53,22 @@ def test_a_kernel_is_compiled_again_when_one_it_calls_changes(tmp_path: Path) ->
         )
         printed.append(int(done.stdout))
     assert printed == [12, 12, 22]
+
+
+def test_without_a_folder_for_its_cache_a_kernel_is_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compile_function = jit.njit
+
+    def njit(**options: object) -> object:
+        if options["cache"]:
+            msg = "cannot cache function: no locator available"
+            raise RuntimeError(msg)
+        return compile_function(**options)
+
+    monkeypatch.setattr(jit, "njit", njit)
+
+    def add(value: int) -> int:
+        return value + 1
+
+    assert jit.kernel(add)(1) == 2

@@ -151,6 +151,38 @@ def test_a_warm_start_moves_no_more_than_it_may(trace):
     assert rows[1] < rows[0]
 
 
+@pytest.mark.parametrize("topology", [FOUR, TWO_BY_TWO])
+def test_groups_that_are_kept_only_change_ranks(topology, trace):
+    fit, held_out = trace.split()
+    old = place("balanced", fit, topology)
+    new = place("affinity", fit, topology, start=old, keep_groups=True)
+    assert all(
+        sorted(map(sorted, before)) == sorted(map(sorted, after))
+        for before, after in zip(old.slots, new.slots, strict=True)
+    )
+    before, after = (count_traffic(held_out, plan) for plan in (old, new))
+    assert np.array_equal(np.sort(before.load, axis=1), np.sort(after.load, axis=1))
+    assert after.rows_per_token()["total"] < 0.95 * before.rows_per_token()["total"]
+    assert new.strategy.options["keep_groups"] is True
+    assert "max_imbalance" not in new.strategy.options, "no cap was asked for, and none was kept"
+
+
+def test_groups_of_a_plan_with_copies_are_kept_too(trace):
+    old = place("balanced", trace, FOUR, 5)
+    new = place("affinity", trace, FOUR, start=old, keep_groups=True)
+    assert new.num_slots == old.num_slots
+    rows = [count_traffic(trace, plan).rows_per_token()["total"] for plan in (old, new)]
+    assert rows[1] < rows[0]
+
+
+def test_groups_on_too_many_ranks_are_refused():
+    trace = planted_trace(experts=64, topics=8, top_k=4, tokens=40)
+    topology = Topology(num_nodes=10, ranks_per_node=8)
+    start = place("linear", trace, topology)
+    with pytest.raises(StrategyError, match="at most 64 ranks"):
+        place("affinity", trace, topology, start=start, keep_groups=True)
+
+
 def test_plans_for_different_machines_are_not_compared(trace):
     with pytest.raises(ComparisonError, match="num_ranks"):
         compare_plans(
@@ -179,6 +211,7 @@ def test_weighted_tokens_pull_the_plan_their_way():
         ({"protocol": "away"}, "unknown protocol"),
         ({"effort": 0.0}, "effort"),
         ({"max_moves": 3}, "--from"),
+        ({"keep_groups": True}, "--from"),
         ({"max_imbalance": float("nan")}, "at least 1"),
     ],
 )
