@@ -165,7 +165,7 @@ def find_departures(
     return torch.from_numpy(token_M), torch.from_numpy(heads_WX)
 
 
-def find_fans(ranks_NK: torch.Tensor, near: slice, place: Place) -> tuple[torch.Tensor, list[int]]:
+def find_fans(ranks_NK: torch.Tensor, near: slice, place: Place) -> Laid:
     """`hops.find_fans`."""
     arguments = (ranks_NK.numpy(), near.start, near.stop, place.rank, place.ranks_per_node)
     return _laid(*lay_out_fans(*arguments))
