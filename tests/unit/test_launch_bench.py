@@ -38,12 +38,14 @@ def test_bytes_between_units_are_those_of_rows_between_them_and_a_share_of_what_
         "phases": {"decode": phase},
         "world_size": 4,
         "coherence_domain": 4,
-        "dispatch": "flat",
+        "prefill_dispatch": "flat",
     }
     rows, shared = 2 * 100 + 1 * 8, (30 + 3) * 2 / 3
     assert rows_between(phase, 4, 2) == 2
     assert bytes_between(metrics, 2) == rows + shared + 60 * 2 / 3
-    assert bytes_between(metrics | {"dispatch": "hierarchical"}, 2) == rows + shared + 60 / 3
+    assert (
+        bytes_between(metrics | {"prefill_dispatch": "hierarchical"}, 2) == rows + shared + 60 / 3
+    )
     assert bytes_between(metrics | {"coherence_domain": 2}, 2) == rows + shared
     assert bytes_between(metrics, 4) == 0
 
@@ -80,7 +82,12 @@ def test_the_table_has_a_line_an_arm_and_says_what_auto_ran():
     arms = [arm(name, 100.0, expected) for name in ("coherent/affinity", "autoep")]
     ours = arm("auto/affinity", 100.0, expected)
     counts = {"own_bytes_per_token": 8.0, "rows_per_token": 1.0, "rows_between": 1, "num_tokens": 1}
-    known = {"ran": "home, domain 1", "measured_equals_predicted": True, "ms_by_part": {}}
+    known = {
+        "ran": "home, domain 1",
+        "dispatch": "flat",
+        "measured_equals_predicted": True,
+        "ms_by_part": {},
+    }
     ours["runs"] = [run | counts | known for run in ours["runs"]]
     lines = table("a model", summarise([*arms, ours], expected)).splitlines()
     assert [line.split()[0] for line in lines[2:]] == [
