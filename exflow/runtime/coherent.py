@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exflow.runtime.dispatcher import Tokens, exchange_partials, rows_of
-from exflow.runtime.hops import depart, find_sums
+from exflow.runtime.dispatcher import Tokens, exchange_partials, rows_of, send_tokens
+from exflow.runtime.hops import find_sums
 
 if TYPE_CHECKING:
     from exflow.runtime.dispatcher import Rows
@@ -63,16 +63,15 @@ class CoherentDispatcher:
         kept as a row without experts.
         """
         tables, row_format = self.tables, self.format
-        departure = depart(tables, tables.flat_place, layer, expert_ids_TK, owners_move=True)
-        assert departure.next_T is not None
-        arrival = self.wire.send_rows(
-            row_format.pack(
-                tokens.hidden, departure.choices_TK, weights_TK, tokens.slots, departure.next_T
-            ),
-            departure,
-            at_most=tokens.owned,
-            layer=layer,
-            payload_bytes=row_format.payload_bytes,
+        _, arrival = send_tokens(
+            row_format,
+            tables,
+            self.wire,
+            tables.flat_place,
+            layer,
+            tokens,
+            expert_ids_TK,
+            weights_TK,
         )
         return coherent_rows(
             row_format, tables, layer, arrival.rows_NB, owned=tuple(arrival.totals)

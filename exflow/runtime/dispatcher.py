@@ -24,9 +24,10 @@ import torch
 from exflow.runtime.hops import depart
 
 if TYPE_CHECKING:
+    from exflow.runtime.hops import Departure
     from exflow.runtime.rows import Metadata, RowFormat
-    from exflow.runtime.tables import PlacementTables
-    from exflow.runtime.wire import Wire
+    from exflow.runtime.tables import Place, PlacementTables
+    from exflow.runtime.wire import Arrival, Wire
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,13 +132,15 @@ class HomeDispatcher:
     ) -> tuple[Rows, HomeRecord]:
         """Send each token once to every rank that runs some of its experts."""
         tables, row_format = self.tables, self.format
-        departure = depart(tables, tables.flat_place, layer, expert_ids_TK, owners_move=False)
-        arrival = self.wire.send_rows(
-            row_format.pack(tokens.hidden, departure.choices_TK, weights_TK),
-            departure,
-            at_most=tokens.owned or None,
-            layer=layer,
-            payload_bytes=row_format.payload_bytes,
+        departure, arrival = send_tokens(
+            row_format,
+            tables,
+            self.wire,
+            tables.flat_place,
+            layer,
+            tokens,
+            expert_ids_TK,
+            weights_TK,
         )
         record = HomeRecord(
             layer=layer,
@@ -161,6 +164,29 @@ class HomeDispatcher:
         tokens = record.tokens
         total_TD = torch.zeros_like(tokens.hidden).index_add_(0, record.token_M, returned_MD)
         return Tokens(hidden=tokens.hidden + total_TD, slots=tokens.slots, owned=tokens.owned)
+
+
+def send_tokens(
+    row_format: RowFormat,
+    tables: PlacementTables,
+    wire: Wire,
+    place: Place,
+    layer: int,
+    tokens: Tokens,
+    expert_ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+) -> tuple[Departure, Arrival]:
+    """The first hop of the tokens of every rank; owners move if their rows say where to."""
+    departure = depart(tables, place, layer, expert_ids_TK, owners_move=row_format.has_owner)
+    owners = () if departure.next_T is None else (tokens.slots, departure.next_T)
+    arrival = wire.send_rows(
+        row_format.pack(tokens.hidden, departure.choices_TK, weights_TK, *owners),
+        departure,
+        at_most=tokens.owned or None,
+        layer=layer,
+        payload_bytes=row_format.payload_bytes,
+    )
+    return departure, arrival
 
 
 def rows_of(

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from exflow.runtime.coherent import CoherentRecord, coherent_rows, collect_sums
-from exflow.runtime.dispatcher import Tokens, exchange_partials, rows_of
-from exflow.runtime.hops import depart, find_fans, find_sums
+from exflow.runtime.dispatcher import Tokens, exchange_partials, rows_of, send_tokens
+from exflow.runtime.hops import find_fans, find_sums
 
 if TYPE_CHECKING:
     from exflow.runtime.dispatcher import Rows
@@ -73,13 +73,8 @@ class HierarchicalHomeDispatcher:
     ) -> tuple[Rows, HomeHopsRecord]:
         """Send each token to the ranks of its experts here, and to one of every other node."""
         tables, row_format = self.tables, self.format
-        departure = depart(tables, tables.place, layer, expert_ids_TK, owners_move=False)
-        arrival = self.wire.send_rows(
-            row_format.pack(tokens.hidden, departure.choices_TK, weights_TK),
-            departure,
-            at_most=tokens.owned,
-            layer=layer,
-            payload_bytes=row_format.payload_bytes,
+        departure, arrival = send_tokens(
+            row_format, tables, self.wire, tables.place, layer, tokens, expert_ids_TK, weights_TK
         )
         rows_NB, fan = fan_out(row_format, tables, self.wire, layer, arrival, arrival.totals)
         record = HomeHopsRecord(
@@ -134,16 +129,8 @@ class HierarchicalCoherentDispatcher:
     ) -> tuple[Rows, CoherentRecord]:
         """Send each token, with its residual, to the ranks of its experts, by relays."""
         tables, row_format = self.tables, self.format
-        departure = depart(tables, tables.place, layer, expert_ids_TK, owners_move=True)
-        assert departure.next_T is not None
-        arrival = self.wire.send_rows(
-            row_format.pack(
-                tokens.hidden, departure.choices_TK, weights_TK, tokens.slots, departure.next_T
-            ),
-            departure,
-            at_most=tokens.owned,
-            layer=layer,
-            payload_bytes=row_format.payload_bytes,
+        _, arrival = send_tokens(
+            row_format, tables, self.wire, tables.place, layer, tokens, expert_ids_TK, weights_TK
         )
         owned, fans = arrival.totals[: tables.num_ranks], arrival.totals[tables.num_ranks :]
         rows_NB, _ = fan_out(row_format, tables, self.wire, layer, arrival, fans)
