@@ -116,6 +116,8 @@ class LLM:
             with self._liveness.naming(), self.ranks.agreeing(self._prepared.device):
                 checkpoint = Checkpoint(self._prepared.folder)
                 self._engine = load_engine(self._prepared, checkpoint, self.ranks)
+            with self._liveness.naming():
+                self._engine.connect()
             self._liveness.where = lambda: self._engine.step
             self._connection = stack.pop_all()
 

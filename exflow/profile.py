@@ -22,7 +22,7 @@ from exflow.corpus import CorpusStats, find_shards, read_documents
 from exflow.profiling.batches import Batch, Budget, TokenizedText, make_batches
 from exflow.profiling.checkpoint import choose_device, fingerprint, load_model, load_tokenizer
 from exflow.profiling.parts import PartsFolder
-from exflow.profiling.passes import Mode, run_decode, run_teacher_forced
+from exflow.profiling.passes import Mode, foretell, run_decode, run_teacher_forced
 from exflow.profiling.recorder import RoutingRecorder
 from exflow.runtime.ranks import Ranks
 from placement.errors import UserError
@@ -243,6 +243,8 @@ def _record(run: _Run, batch: Batch) -> RoutingTrace | None:
         recorded = run_teacher_forced(run.model, run.recorder, batch)
     if len(recorded.text) == 0:
         return None
+    token_ids, index = np.unique(recorded.token_ids, return_inverse=True)
+    foretold_ids = foretell(run.model, run.recorder, token_ids)[index]
     domains = tuple(sorted({text.subset for text in batch.texts}))
     sequence_of_text = np.array([text.index for text in batch.texts], dtype=np.int32)
     domain_of_text = np.array([domains.index(text.subset) for text in batch.texts], dtype=np.uint8)
@@ -256,6 +258,7 @@ def _record(run: _Run, batch: Batch) -> RoutingTrace | None:
         expert_weights=recorded.expert_weights,
         domain_ids=domain_of_text[recorded.text],
         domains=domains,
+        foretold_ids=foretold_ids,
         phase=run.options.mode,
     )
 

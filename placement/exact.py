@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from placement.rules import choose_ranks, next_owner
+from placement.rules import choose_ranks, first_owner, next_owner
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,18 +57,32 @@ def least_rows(
     domain, node = topology.domain_of_rank(coherence_domain), topology.node_of_rank
     best = int(np.iinfo(np.int64).max)
 
-    def descend(layer: int, owner: NDArray[np.int64], rows: int) -> None:
+    home = (trace.sequence_ids % topology.num_ranks).astype(np.int64)
+    foretold = None if coherence_domain == 1 else trace.foretold_ids
+
+    def start(layout: NDArray[np.int64]) -> NDArray[np.int64]:
+        if foretold is None:
+            return home
+        owner: NDArray[np.int64] = first_owner(
+            layout, foretold.astype(np.int64), home, node, domain
+        )
+        return owner
+
+    def descend(layer: int, owner: NDArray[np.int64] | None, rows: int) -> None:
         nonlocal best
         if layer == len(ids):
             best = min(best, rows)
             return
-        steps = [_step(ids[layer], layout, owner, domain, node) for layout in layouts]
+        steps = [
+            _step(ids[layer], layout, start(layout) if owner is None else owner, domain, node)
+            for layout in layouts
+        ]
         for cost, moved in sorted(steps, key=lambda step: step[0]):
             if rows + cost + to_come[layer + 1] >= best:
                 break
             descend(layer + 1, moved, rows + cost)
 
-    descend(0, (trace.sequence_ids % topology.num_ranks).astype(np.int64), 0)
+    descend(0, None, 0)
     return best
 
 

@@ -1,4 +1,6 @@
-"""Where a token's experts run, who owns it next, by whom its row passes: what planner and runtime agree on.
+"""Where tokens start, where their experts run, who owns them next, by whom their rows pass.
+
+What planner and runtime agree on.
 
 The rules take NumPy arrays or torch tensors: only operations that both libraries spell alike are
 used. `walk_layers`, the planner's own, takes NumPy arrays.
@@ -99,6 +101,41 @@ def next_owner(
     return (in_domain * (preference * num_ranks + (num_ranks - 1 - ranks) + 1)).argmax(axis=1)
 
 
+def first_owner(
+    hosts: Array, foretold_ids: Array, home: Array, node_of_rank: Array, domain_of_rank: Array
+) -> Array:
+    """The rank where a token starts a decode step: the next owner after a layer before the first.
+
+    Every rank of its coherence domain has its keys and values and knows the token, so it may start
+    on any of them; it does where most of the experts are that the first MoE layer is foretold to
+    choose. Where the foretelling is right that layer sends a row less; where it is not, no more
+    than from home, on average.
+
+    Args:
+        hosts: int64 (E, W) of the first MoE layer.
+        foretold_ids: int64 (T, K), see `RoutingTrace.foretold_ids`.
+        home: int64 (T,).
+        node_of_rank: int64 (W,).
+        domain_of_rank: int64 (W,); every rank its own domain is `home`.
+
+    Returns:
+        int64 (T,).
+
+    >>> hosts = np.array([[1, 0], [0, 1], [1, 0]])
+    >>> first_owner(hosts, np.array([[1], [2]]), np.array([0, 0]), np.zeros(2, int), np.zeros(2, int)).tolist()
+    [1, 0]
+    """
+    ranks = _ranks_of(hosts, foretold_ids, home, node_of_rank)
+    return next_owner(ranks, home, domain_of_rank)
+
+
+def _ranks_of(hosts: Array, expert_ids: Array, owner: Array, node_of_rank: Array) -> Array:
+    """`choose_ranks`, at once where no expert has copies."""
+    if int(hosts.sum()) == len(hosts):
+        return hosts.argmax(axis=1)[expert_ids]
+    return choose_ranks(hosts, expert_ids, owner, node_of_rank)
+
+
 def relays(runs: Array, end: Array, node_of_rank: Array) -> Array:
     """Which rank a row between `end` and each rank passes, where dispatch is hierarchical.
 
@@ -173,10 +210,7 @@ def walk_layers(
     """
     for layer, table in enumerate(hosts):
         experts = expert_ids[:, layer]
-        if int(table.sum()) == len(table):
-            ranks = table.argmax(axis=1)[experts]
-        else:
-            ranks = choose_ranks(table, experts, owner, node_of_rank)
+        ranks = _ranks_of(table, experts, owner, node_of_rank)
         ahead = None if outlook is None else outlook[layer][experts].sum(axis=1)
         moved = next_owner(ranks, owner, domain_of_rank, ahead)
         yield Step(layer=layer, owner=owner, rank_of_choice=ranks, next_owner=moved)

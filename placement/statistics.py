@@ -144,7 +144,7 @@ def shuffled_within_sequences(trace: RoutingTrace, seed: int = 0) -> RoutingTrac
     for layer in range(trace.num_layers):
         order = np.lexsort((rng.random(trace.num_tokens), trace.sequence_ids))
         ids[places, layer] = trace.expert_ids[order, layer]
-    return replace(trace, expert_ids=ids, expert_weights=None)
+    return replace(trace, expert_ids=ids, expert_weights=None, foretold_ids=None)
 
 
 def _entropy(share: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "exflow.trace/1"
-TOKEN_ARRAYS = ("positions", "expert_weights", "domain_ids")
+TOKEN_ARRAYS = {
+    "positions": np.int32,
+    "expert_weights": np.float16,
+    "domain_ids": np.uint8,
+    "foretold_ids": np.int16,
+}
 CHECK_CELLS = 1 << 22  # a trace of a million tokens is checked in pieces, not copied
 
 
@@ -40,6 +45,8 @@ class RoutingTrace:
         positions: int32 (tokens,), position of the token in its sequence.
         expert_weights: float16 (tokens, layers, top_k), gate weights.
         domain_ids: uint8 (tokens,), index into `domains`.
+        foretold_ids: int16 (tokens, top_k), the experts that the first MoE layer chooses for the
+            token where nothing stands before it; they say where it starts a coherent decode step.
         domains: names of the domains (Pile subsets).
         phase: "teacher-forced", "prefill", "decode" or "unknown".
         source: where the text came from.
@@ -54,6 +61,7 @@ class RoutingTrace:
     positions: NDArray[np.int32] | None = None
     expert_weights: NDArray[np.float16] | None = None
     domain_ids: NDArray[np.uint8] | None = None
+    foretold_ids: NDArray[np.int16] | None = None
     domains: tuple[str, ...] = field(default=())
     phase: str = "unknown"
     source: str = ""
@@ -83,6 +91,7 @@ class RoutingTrace:
             "positions": (tokens,),
             "domain_ids": (tokens,),
             "expert_weights": (tokens, layers, top_k),
+            "foretold_ids": (tokens, top_k),
         }
         for name, shape in expected.items():
             array = getattr(self, name)
@@ -91,10 +100,11 @@ class RoutingTrace:
                 raise TraceError(msg)
 
     def _check_experts(self) -> None:
-        low, high = int(self.expert_ids.min()), int(self.expert_ids.max())
-        if low < 0 or high >= self.num_experts:
-            msg = f"expert ids run from {low} to {high}, expected 0 to {self.num_experts - 1}"
-            raise TraceError(msg)
+        for name, ids in (("expert", self.expert_ids), ("foretold", self.foretold_ids)):
+            low, high = (0, 0) if ids is None else (int(ids.min()), int(ids.max()))
+            if low < 0 or high >= self.num_experts:
+                msg = f"{name} ids run from {low} to {high}, expected 0 to {self.num_experts - 1}"
+                raise TraceError(msg)
         step = max(1, CHECK_CELLS // (self.num_layers * self.top_k))
         for start in range(0, self.num_tokens if self.top_k > 1 else 0, step):
             ordered = np.sort(self.expert_ids[start : start + step], axis=2)
@@ -163,8 +173,13 @@ class RoutingTrace:
 
     def top1(self) -> RoutingTrace:
         """Only the first expert of each token and layer: the paper's path."""
-        weights = None if self.expert_weights is None else self.expert_weights[:, :, :1]
-        return replace(self, expert_ids=self.expert_ids[:, :, :1], expert_weights=weights)
+        weights, foretold = self.expert_weights, self.foretold_ids
+        return replace(
+            self,
+            expert_ids=self.expert_ids[:, :, :1],
+            expert_weights=None if weights is None else weights[:, :, :1],
+            foretold_ids=None if foretold is None else foretold[:, :1],
+        )
 
     def domain(self, name: str) -> RoutingTrace:
         """The tokens of one domain.
@@ -183,7 +198,7 @@ class RoutingTrace:
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(self.num_tokens) for _ in range(self.num_layers)]
         ids = np.stack([self.expert_ids[order, i] for i, order in enumerate(orders)], axis=1)
-        return replace(self, expert_ids=ids, expert_weights=None)
+        return replace(self, expert_ids=ids, expert_weights=None, foretold_ids=None)
 
     def save(self, path: str | Path) -> None:
         """Write `exflow.trace/1`."""
@@ -191,7 +206,7 @@ class RoutingTrace:
             "expert_ids": np.ascontiguousarray(self.expert_ids, dtype=np.int16),
             "sequence_ids": np.ascontiguousarray(self.sequence_ids, dtype=np.int32),
         }
-        for name, dtype in zip(TOKEN_ARRAYS, (np.int32, np.float16, np.uint8), strict=True):
+        for name, dtype in TOKEN_ARRAYS.items():
             if getattr(self, name) is not None:
                 tensors[name] = np.ascontiguousarray(getattr(self, name), dtype=dtype)
         metadata = {
@@ -283,6 +298,7 @@ def merge_traces(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         positions=_joined(traces, "positions"),
         expert_weights=_joined(traces, "expert_weights"),
         domain_ids=_joined_domains(traces, domains),
+        foretold_ids=_joined(traces, "foretold_ids"),
         domains=domains,
         phase=first.phase if len({trace.phase for trace in traces}) == 1 else "mixed",
         source="; ".join(dict.fromkeys(trace.source for trace in traces if trace.source)),

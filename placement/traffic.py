@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from placement.errors import UserError
-from placement.rules import relays, walk_layers
+from placement.rules import first_owner, relays, walk_layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,7 +96,7 @@ def count_traffic(
     *,
     protocol: Protocol = "coherent",
     coherence_domain: int | None = None,
-    first_owner: NDArray[Any] | None = None,
+    homes: NDArray[Any] | None = None,
     dispatch: Dispatch = "flat",
 ) -> Traffic:
     """Count the rows that `plan` sends for the routing in `trace`.
@@ -106,7 +106,8 @@ def count_traffic(
         plan: a plan for the same model.
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None means all. Ignored under `home`.
-        first_owner: (tokens,) owner at the first layer; default `sequence_id % num_ranks`.
+        homes: (tokens,) home of the request each token is of; default `sequence_id % num_ranks`.
+            Tokens start there, under `coherent` where `first_owner` says if the trace foretells it.
         dispatch: "flat", or "hierarchical": rows cross to a node once and are fanned out there,
             partial sums are added on their node first (`relays`), which changes the links that
             rows take, not how many there are; or "replicated".
@@ -123,11 +124,15 @@ def count_traffic(
             raise TrafficError(msg)
         size = 1
     walk = _Walk(plan, plan.topology.domain_of_rank(size), dispatch)
-    owner = trace.sequence_ids % plan.num_ranks if first_owner is None else first_owner
+    home = trace.sequence_ids % plan.num_ranks if homes is None else homes
+    foretold = None if size == 1 else trace.foretold_ids
     step = max(1, CHUNK_CELLS // (plan.num_ranks * (trace.top_k + 4)))
     for start in range(0, trace.num_tokens, step):
         part = slice(start, start + step)
-        walk.add(trace.expert_ids[part].astype(np.int64), owner[part].astype(np.int64))
+        owner = home[part].astype(np.int64)
+        if foretold is not None:
+            owner = walk.start(foretold[part].astype(np.int64), owner)
+        walk.add(trace.expert_ids[part].astype(np.int64), owner)
     return walk.traffic()
 
 
@@ -163,6 +168,12 @@ class _Walk:
         self.inter_node = 0
         self.rows: list[NDArray[np.int32]] = []
         self.inter_node_rows: list[NDArray[np.int32]] = []
+
+    def start(self, foretold_ids: NDArray[np.int64], home: NDArray[np.int64]) -> NDArray[np.int64]:
+        owner: NDArray[np.int64] = first_owner(
+            self.hosts[0], foretold_ids, home, self.node_of_rank, self.domain_of_rank
+        )
+        return owner
 
     def add(self, expert_ids: NDArray[np.int64], owner: NDArray[np.int64]) -> None:
         width = len(self.node_of_rank)

@@ -289,7 +289,7 @@ def homing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
     plan = get_strategy("affinity")(fit, topology, options=options)
     for first in (0, 8, 32, 128, None):
         homes = None if first == 0 else choose_homes(held_out, plan, first_tokens=first)
-        traffic = count_traffic(held_out, plan, protocol="home", first_owner=homes)
+        traffic = count_traffic(held_out, plan, protocol="home", homes=homes)
         yield {
             "trace": name,
             "first_tokens": first,

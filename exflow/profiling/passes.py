@@ -7,6 +7,7 @@ L MoE layers, K experts a token. Padding is never recorded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from exflow.profiling.recorder import Routing, RoutingRecorder
 
 Mode = Literal["teacher-forced", "decode"]
+TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,14 @@ class RecordedTokens:
         positions: int32 (tokens,), its position in that text.
         expert_ids: int16 (tokens, L, K).
         expert_weights: float16 (tokens, L, K).
+        token_ids: int64 (tokens,), the tokens themselves.
     """
 
     text: NDArray[np.int64]
     positions: NDArray[np.int32]
     expert_ids: NDArray[np.int16]
     expert_weights: NDArray[np.float16]
+    token_ids: NDArray[np.int64]
 
 
 @torch.inference_mode()
@@ -55,7 +59,7 @@ def run_teacher_forced(
         use_cache=False,
     )
     position_BS = torch.arange(input_ids_BS.shape[1]).expand_as(input_ids_BS)
-    return _kept(recorder.take(), [is_text_BS], [position_BS])
+    return _kept(recorder.take(), [is_text_BS], [position_BS], [input_ids_BS])
 
 
 @torch.inference_mode()
@@ -76,7 +80,23 @@ def run_decode(
         recorder.take(),
         [torch.zeros_like(is_text_BS), *(~has_ended_BN).unbind(dim=1)],
         [is_text_BS, *position_BN.unbind(dim=1)],
+        [input_ids_BS, *fed_BN.unbind(dim=1)],
     )
+
+
+@torch.inference_mode()
+def foretell(
+    model: PreTrainedModel, recorder: RoutingRecorder, token_ids: NDArray[np.int64]
+) -> NDArray[np.int16]:
+    """(T, K) what the first MoE layer's gate chooses for tokens that stand alone, by falling weight."""
+    ids_T1 = torch.from_numpy(token_ids)[:, None]
+    parts = [
+        recorder.first_layer(
+            partial(model.base_model, input_ids=part.to(model.device), use_cache=False)
+        )
+        for part in torch.split(ids_T1, TOKENS_AT_ONCE)
+    ]
+    return torch.cat(parts).numpy()
 
 
 def _decode(
@@ -106,25 +126,32 @@ def _decode(
 
 
 def _kept(
-    passes: list[Routing], masks: Sequence[torch.Tensor], positions: Sequence[torch.Tensor]
+    passes: list[Routing],
+    masks: Sequence[torch.Tensor],
+    positions: Sequence[torch.Tensor],
+    token_ids: Sequence[torch.Tensor],
 ) -> RecordedTokens:
-    """The rows of each pass that its (B, S) mask keeps, with text and position."""
+    """The rows of each pass that its (B, S) mask keeps, with text, position and token."""
     rows = [len(routing.expert_ids) for routing in passes]
     if rows != [mask.numel() for mask in masks]:
         msg = f"expected passes of {[mask.numel() for mask in masks]} tokens, recorded {rows}"
         raise UserError(msg)
-    ids, weights, text, position = [], [], [], []
-    for routing, mask, position_BS in zip(passes, masks, positions, strict=True):
+    ids, weights, text, position, token = [], [], [], [], []
+    for routing, mask, position_BS, token_ids_BS in zip(
+        passes, masks, positions, token_ids, strict=True
+    ):
         keep = mask.flatten().bool()
         ids.append(routing.expert_ids[keep])
         weights.append(routing.expert_weights[keep])
         text.append(mask.bool().nonzero()[:, 0])
         position.append(position_BS.flatten()[keep])
+        token.append(token_ids_BS.flatten()[keep])
     return RecordedTokens(
         text=torch.cat(text).numpy(),
         positions=torch.cat(position).numpy().astype(np.int32),
         expert_ids=torch.cat(ids).numpy(),
         expert_weights=torch.cat(weights).numpy(),
+        token_ids=torch.cat(token).numpy(),
     )
 
 

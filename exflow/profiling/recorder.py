@@ -10,6 +10,7 @@ Llama 4 calls its experts without ids; there the router's scores (E, of which K 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class RoutingRecorder:
         self.layer_ids = _layer_ids(list(self._sources), type(model).__name__)
         self.num_experts = _num_experts(list(self._sources.values()), model)
         self._passes: list[list[tuple[Tensor, Tensor]]] = []
+        self._ends_early = False
         self._removers: list[Callable[[], None]] = []
 
     def __enter__(self) -> RoutingRecorder:
@@ -96,6 +98,8 @@ class RoutingRecorder:
             )
             raise UserError(msg)
         self._passes[-1].append(_by_falling_weight(expert_ids_TK, weights_TK))
+        if self._ends_early:
+            raise _EnoughRecorded
 
     def take(self) -> list[Routing]:
         """The routing of every forward pass since the last call, on the CPU."""
@@ -107,6 +111,21 @@ class RoutingRecorder:
             )
             for layers in passes
         ]
+
+    def first_layer(self, run: Callable[[], Any]) -> Tensor:
+        """int16 (T, K) what the first MoE layer chooses in a forward pass, which ends there."""
+        self._ends_early = True
+        try:
+            with contextlib.suppress(_EnoughRecorded):
+                run()
+        finally:
+            self._ends_early = False
+        ((expert_ids_TK, _),) = self._passes.pop()
+        return expert_ids_TK.cpu()
+
+
+class _EnoughRecorded(Exception):  # noqa: N818
+    """The first MoE layer is recorded, and no more is wanted of this pass."""
 
 
 class _Hook:

@@ -17,6 +17,7 @@ from exflow.runtime.kv_budget import KvBudget
 from exflow.runtime.kv_cache import KvCache
 from exflow.runtime.limits import Limits
 from exflow.runtime.metrics import PHASES, PhaseMetrics
+from exflow.runtime.opening import Opening
 from exflow.runtime.requests import NewToken
 from exflow.runtime.scheduler import Scheduler
 from exflow.runtime.sharing import MESSAGE_BYTES, Routes, find_relays
@@ -190,9 +191,14 @@ class Engine:
             num_nodes=plan.topology.num_nodes if has_hops else 1,
             has_background=routes.has_domains,
         )
+        rotary = Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device)
+        owners_move = (
+            options.protocol == "coherent" and dispatch != "replicated" and ranks.num_ranks > 1
+        )
+        opening = Opening(decoder, rotary, plan, ranks, coherence_domain=options.domain_size)
         self._steps = Steps(
             decoder=decoder,
-            rotary=Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device),
+            rotary=rotary,
             dispatchers=make_dispatchers(
                 tables,
                 wire,
@@ -204,19 +210,25 @@ class Engine:
             wire=wire if ranks.num_ranks > 1 else None,
             metrics=self.metrics,
             recorder=recorder if ranks.is_first or dispatch != "replicated" else None,
+            opening=opening if owners_move or recorder is not None else None,
             rank=ranks.rank,
             domain_of_rank=domain_of_rank,
             routes=routes,
             share_bytes=options.share_bytes,
-            owners_move=options.protocol == "coherent"
-            and dispatch != "replicated"
-            and ranks.num_ranks > 1,
+            owners_move=owners_move,
             can_record=options.cuda_graphs
             and embedding.is_cuda
             and recorder is None
             and (ranks.num_ranks == 1 or (dispatch == "replicated" and ranks.uses_nccl())),
         )
         self._cached: tuple[KvCache, StepGraphs] | None = None
+
+    def connect(self) -> None:
+        """Connect to the other ranks, and settle with them where tokens start; all must ask.
+
+        `generate` does it, too; what the first call does, later ones need not.
+        """
+        self._steps.connect()
 
     @torch.inference_mode()
     def generate(
@@ -251,7 +263,7 @@ class Engine:
         )
         cache, graphs = self._take_cache(requests, limits)
         steps = self._steps
-        steps.connect()
+        self.connect()
         sharing = steps.start_sharing(cache)
         self.scheduler = scheduler
         while scheduler.has_work:

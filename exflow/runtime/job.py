@@ -73,6 +73,8 @@ def run_job(job: Job) -> None:
         liveness.where = lambda: engine.step
         finished = ranks.gather(None if output is None else output.finished, prepared.device)[0]
         requests = _make_requests(prepared, prompts, job.sampling, set(finished))
+        if requests:
+            engine.connect()
         clock.lap("load")
         made = with_progress(engine.generate(requests), len(requests), is_shown=ranks.is_first)
         completions = _write_down(made, output)

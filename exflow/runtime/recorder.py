@@ -1,7 +1,7 @@
 """DecodeRecorder: the routing of decode steps, as a RoutingTrace.
 
 A token's layers may be recorded on different ranks; rank 0 puts them together. Shape suffixes: T
-tokens, K experts a token, M (token, layer) pairs.
+tokens, K experts a token, M (token, layer) pairs, S slots.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class DecodeRecorder:
         self._definition = definition
         self._step: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._keys: list[NDArray[np.int64]] = []
+        self._foretold: list[NDArray[np.int16]] = []
         self._experts: list[NDArray[np.int16]] = []
         self._weights: list[NDArray[np.float16]] = []
 
@@ -38,11 +39,17 @@ class DecodeRecorder:
         """The next MoE layer's choices in the step under way."""
         self._step.append((slots_T, expert_ids_TK, weights_TK))
 
-    def end_step(self, requests_S: NDArray[np.int64], positions_S: NDArray[np.int64]) -> None:
-        """The step is over; this is which request and position each slot had."""
+    def end_step(
+        self,
+        requests_S: NDArray[np.int64],
+        positions_S: NDArray[np.int64],
+        foretold_SK: NDArray[np.int16],
+    ) -> None:
+        """The step is over; which request and position each slot had, and experts foretold for it."""
         slots_M = torch.cat([slots for slots, _, _ in self._step]).cpu().numpy()
         layers_M = np.repeat(np.arange(len(self._step)), [len(step[0]) for step in self._step])
         self._keys.append(np.stack([requests_S[slots_M], positions_S[slots_M], layers_M], axis=1))
+        self._foretold.append(foretold_SK[slots_M[layers_M == 0]])
         experts = torch.cat([experts for _, experts, _ in self._step])
         weights = torch.cat([weights for _, _, weights in self._step])
         self._experts.append(experts.cpu().numpy().astype(np.int16))
@@ -55,8 +62,10 @@ class DecodeRecorder:
         keys = _gather(self._keys, np.empty((0, 3), np.int64), ranks, device)
         experts = _gather(self._experts, np.empty((0, top_k), np.int16), ranks, device)
         weights = _gather(self._weights, np.empty((0, top_k), np.float16), ranks, device)
+        foretold = _gather(self._foretold, np.empty((0, top_k), np.int16), ranks, device)
         if len(keys) == 0:
             return None
+        starts = keys[keys[:, 2] == 0]
         order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
         keys = keys[order].reshape(-1, num_layers, 3)
         return RoutingTrace(
@@ -64,6 +73,7 @@ class DecodeRecorder:
             expert_weights=weights[order].reshape(-1, num_layers, top_k),
             sequence_ids=keys[:, 0, 0].astype(np.int32),
             positions=keys[:, 0, 1].astype(np.int32),
+            foretold_ids=foretold[np.lexsort((starts[:, 1], starts[:, 0]))],
             num_experts=self._definition.num_experts,
             model=self._definition.name,
             layer_ids=self._definition.moe_layer_ids,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exflow.runtime.decoder import Decoder
     from exflow.runtime.kv_cache import KvCache
     from exflow.runtime.metrics import Phase, PhaseMetrics
+    from exflow.runtime.opening import Opening
     from exflow.runtime.recorder import DecodeRecorder
     from exflow.runtime.scheduler import Chunk, Flight
     from exflow.runtime.sharing import Routes
@@ -46,11 +47,12 @@ class Steps:
         wire: the collectives; None on one rank.
         metrics: counts by phase.
         recorder: takes down the routing of decode steps.
+        opening: foretells experts, where owners move or routing is recorded.
         rank: this rank.
         domain_of_rank: coherence domains.
         routes: which ranks get whose keys and values.
         share_bytes: keys and values leave during a step once a rank has so many bytes of them.
-        owners_move: whether tokens may end a decode step on other ranks.
+        owners_move: whether tokens of decode steps may be on other ranks than their homes.
         can_record: whether decode steps may become CUDA graphs.
     """
 
@@ -60,6 +62,7 @@ class Steps:
     wire: Wire | None
     metrics: dict[Phase, PhaseMetrics]
     recorder: DecodeRecorder | None
+    opening: Opening | None
     rank: int
     domain_of_rank: Sequence[int]
     routes: Routes
@@ -68,9 +71,11 @@ class Steps:
     can_record: bool
 
     def connect(self) -> None:
-        """Make all connections to the other ranks; all must ask."""
+        """Make all connections to the other ranks, and foretell with them; all must ask."""
         if self.wire is not None:
             self.wire.connect()
+        if self.opening is not None:
+            self.opening.prepare()
 
     def start_sharing(self, cache: KvCache) -> Sharing | None:
         """What goes from rank to rank beside rows, for as long as this cache is used."""
@@ -128,17 +133,21 @@ class Steps:
     ) -> dict[int, int]:
         """One more token of every request in flight, by slot."""
         positions_S = np.zeros(len(cache.page_table), dtype=np.int64)
-        requests_S = np.zeros(len(cache.page_table), dtype=np.int64)
+        requests_S, tokens_S = np.zeros_like(positions_S), np.zeros_like(positions_S)
         for flight in running:
             positions_S[flight.slot] = flight.position
             requests_S[flight.slot] = flight.request.index
+            tokens_S[flight.slot] = flight.token_ids[-1]
+        starts = self._starts(running)
         if self.is_replicated:
             mine = sorted(running, key=lambda flight: flight.home)
         else:
-            mine = [flight for flight in running if flight.home == self.rank]
+            mine = [
+                flight for flight, start in zip(running, starts, strict=True) if start == self.rank
+            ]
         token_ids = [flight.token_ids[-1] for flight in mine]
         slots = [flight.slot for flight in mine]
-        owned = self._by_home(running, [1] * len(running))
+        owned = tuple(np.bincount(starts, minlength=len(self.domain_of_rank)).tolist())
         metrics = self.metrics["decode"]
         metrics.start(owned[self.rank])
         if graphs is not None:
@@ -154,7 +163,8 @@ class Steps:
             )
             tokens, logits_TV = self.step(inputs, cache, sharing, metrics)
         if self.recorder is not None:
-            self.recorder.end_step(requests_S, positions_S)
+            assert self.opening is not None
+            self.recorder.end_step(requests_S, positions_S, self.opening.foretold(tokens_S))
         here = [flight for flight in mine if flight.home == self.rank]
         if self.owners_move:
             flight_of_slot = {flight.slot: flight for flight in running}
@@ -259,6 +269,13 @@ class Steps:
         )
         metrics.lap("share")
         return token_of_slot
+
+    def _starts(self, flights: Sequence[Flight]) -> list[int]:
+        """The rank where each request's token starts a decode step."""
+        homes = [flight.home for flight in flights]
+        if self.opening is None or not self.owners_move:
+            return homes
+        return self.opening.owners([flight.token_ids[-1] for flight in flights], homes)
 
     def _by_home(self, flights: Sequence[Flight], counts: Sequence[int]) -> tuple[int, ...]:
         """Tokens that start on each rank."""

@@ -84,7 +84,8 @@ def profile_until_killed(checkpoint: str, corpus: str, output: str) -> None:
 
 
 def assert_same(one: RoutingTrace, other: RoutingTrace) -> None:
-    for name in ("expert_ids", "sequence_ids", "positions", "expert_weights", "domain_ids"):
+    names = ("expert_ids", "sequence_ids", "positions", "expert_weights", "domain_ids")
+    for name in (*names, "foretold_ids"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 

@@ -24,6 +24,7 @@ from decoding import (
 )
 from exflow.runtime.ranks import Ranks
 from harness import run_ranks
+from placement.traffic import count_traffic
 from tiny_checkpoints import olmoe, qwen3_moe
 
 pytestmark = pytest.mark.distributed
@@ -75,6 +76,16 @@ def test_a_domain_of_one_rank_is_home(on_two_ranks):
     assert alone.decode["bytes"]["kv_share"] == 0
     for key, row in home.logits.items():
         assert np.abs(row - alone.logits[key]).max() <= 1e-5 * max(1.0, np.abs(row).max())
+
+
+def test_tokens_start_away_from_home_where_owners_move(model, on_two_ranks):
+    home, _, coherent, *_ = on_two_ranks
+    plan = make_plan(model.definition, 2, "random")
+    trace = coherent.trace
+    assert np.array_equal(trace.foretold_ids, home.trace.foretold_ids)
+    from_home = count_traffic(replace(trace, foretold_ids=None), plan).dispatch[0]
+    measured = np.asarray(coherent.decode["rows"]["dispatch"])[0]
+    assert not np.array_equal(measured, from_home)
 
 
 def test_messages_a_step(model, on_two_ranks):

@@ -16,7 +16,7 @@ from exflow.errors import CheckpointError
 from exflow.profile import ProfileError, ProfileOptions, profile
 from exflow.profiling.batches import Batch, Budget, TokenizedText, make_batches
 from exflow.profiling.parts import PartsError, PartsFolder
-from exflow.profiling.passes import run_decode, run_teacher_forced
+from exflow.profiling.passes import foretell, run_decode, run_teacher_forced
 from exflow.profiling.recorder import NotMoeError, RoutingRecorder
 from placement.trace import RoutingTrace
 
@@ -127,6 +127,18 @@ def test_the_recorder_notes_what_the_routers_chose(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_foretold_is_the_first_layer_s_choice_for_a_token_alone(family):
+    model, tokens = tiny_model(family), np.array([200, 3, 77])
+    with RoutingRecorder(model) as recorder:
+        foretold = foretell(model, recorder, tokens)
+        recorded = run_teacher_forced(model, recorder, some_batch(9, 4))
+    for token, experts in zip(tokens, foretold, strict=True):
+        first = router_choices(model, torch.tensor([[token]]))[0][0]
+        assert experts.tolist() == first.tolist()
+    assert recorded.expert_ids.shape[:2] == (13, len(recorder.layer_ids)), "later passes are whole"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_a_padded_batch_records_what_each_prompt_alone_does(family):
     model, batch = tiny_model(family), some_batch(7, 3)
     with RoutingRecorder(model) as recorder:
@@ -232,7 +244,8 @@ def corpus(tmp_path_factory):
 
 
 def assert_same(one: RoutingTrace, other: RoutingTrace) -> None:
-    for name in ("expert_ids", "sequence_ids", "positions", "expert_weights", "domain_ids"):
+    names = ("expert_ids", "sequence_ids", "positions", "expert_weights", "domain_ids")
+    for name in (*names, "foretold_ids"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert one.domains == other.domains
 

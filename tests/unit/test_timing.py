@@ -133,7 +133,7 @@ def test_homes_chosen_from_first_tokens_save_rows_and_share_requests(trace):
     plan = get_strategy("linear")(topical, Topology(num_nodes=1, ranks_per_node=4))
     homes = choose_homes(topical, plan, first_tokens=5, max_imbalance=1.5)
     rows = [
-        count_traffic(topical, plan, protocol="home", first_owner=h).rows_per_token()["total"]
+        count_traffic(topical, plan, protocol="home", homes=h).rows_per_token()["total"]
         for h in (None, homes)
     ]
     assert rows[1] < rows[0]

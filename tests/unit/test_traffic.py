@@ -57,6 +57,19 @@ def test_a_top1_token_pays_twice_at_home_and_once_per_move_when_coherent():
     assert crossing_rate(trace, plan) == 0.5
 
 
+def test_a_foretold_token_starts_where_its_first_expert_is():
+    # As above; the second token's first expert is foretold wrongly.
+    trace = make_trace([[[2], [2], [0]]] * 2, num_experts=4, sequence_ids=[0, 0])
+    trace = replace(trace, foretold_ids=np.array([[3], [1]], dtype=np.int16))
+    plan = make_plan(linear_hosts(3, 4, 2))
+    coherent = count_traffic(trace, plan)
+    assert coherent.rows_of_token.tolist() == [1, 2], "the row of the first layer is saved"
+    home = count_traffic(trace, plan, protocol="home")
+    assert home.rows_of_token.tolist() == [4, 4], "at home nothing moves"
+    replicated = count_traffic(trace, plan, dispatch="replicated")
+    assert replicated.rows_of_token.tolist() == [6, 6]
+
+
 def test_a_rank_that_runs_two_experts_gets_one_row():
     # Token of home 0 uses experts 2 and 3, both on rank 1, and then 0 and 2.
     trace = make_trace([[[2, 3], [0, 2]]], num_experts=4)
@@ -115,7 +128,11 @@ def routings(draw):
     hosts = rng.random((layers, experts, ranks)) < draw(st.sampled_from([0.0, 0.3]))
     first = rng.integers(0, ranks, (layers, experts))
     np.put_along_axis(hosts, first[:, :, None], values=True, axis=2)
-    return make_trace(ids, experts, rng.integers(0, 9, tokens)), make_plan(hosts, num_nodes)
+    trace = make_trace(ids, experts, rng.integers(0, 9, tokens))
+    if draw(st.booleans()):
+        foretold = rng.random((tokens, experts)).argsort(axis=1)[:, :top_k]
+        trace = replace(trace, foretold_ids=foretold.astype(np.int16))
+    return trace, make_plan(hosts, num_nodes)
 
 
 def obvious_rank(plan, layer, token_experts, owner):
@@ -137,19 +154,29 @@ def obvious_rank(plan, layer, token_experts, owner):
     return result
 
 
+def obvious_move(run, owner, domain):
+    """next_owner by the letter of its docstring, one token, without an outlook."""
+    mates = [r for r in set(run) if r // domain == owner // domain]
+    return min(mates, key=lambda r: (-run.count(r), r != owner, r)) if mates else owner
+
+
 def obvious_traffic(trace, plan, protocol, domain):
     rows = {"dispatch": 0, "combine": 0, "inter_node": 0, "inter_node_dedup": 0}
     node = plan.topology.node_of_rank
-    for token, sequence in zip(trace.expert_ids, trace.sequence_ids, strict=True):
+    for number, (token, sequence) in enumerate(
+        zip(trace.expert_ids, trace.sequence_ids, strict=True)
+    ):
         owner = int(sequence) % plan.num_ranks
+        if protocol == "coherent" and trace.foretold_ids is not None:
+            foretold = [int(e) for e in trace.foretold_ids[number]]
+            run = list(obvious_rank(plan, 0, foretold, owner).values())
+            owner = obvious_move(run, owner, domain)
         for layer, experts in enumerate(token):
             ranks = obvious_rank(plan, layer, [int(e) for e in experts], owner)
             run = list(ranks.values())
             following = owner
             if protocol == "coherent":
-                mates = [r for r in set(run) if r // domain == owner // domain]
-                if mates:
-                    following = min(mates, key=lambda r: (-run.count(r), r != owner, r))
+                following = obvious_move(run, owner, domain)
             for name, end in (("dispatch", owner), ("combine", following)):
                 remote = set(run) - {end}
                 far = [r for r in remote if node[r] != node[end]]
