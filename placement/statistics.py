@@ -28,7 +28,8 @@ def describe(trace: RoutingTrace) -> dict[str, Any]:
 
     Keys: `model`, `phase`, `tokens`, `sequences`, `domains`, `layer_ids`, `experts`, `top_k`,
     `load_skew`, `concentration`, `mutual_information` (`top1`: the first choices only, `topk`: all
-    pairs of choices), and `coactivation`, which is None for top-1.
+    pairs of choices), `coactivation`, which is None for top-1, and `foretold`, which is None where
+    the trace foretells nothing.
     """
     graph = AffinityGraph.from_trace(trace)
     shuffled, within = trace.shuffled_layers(), shuffled_within_sequences(trace)
@@ -53,6 +54,7 @@ def describe(trace: RoutingTrace) -> dict[str, Any]:
             "topk": _information(graph.transitions, null, null_within),
         },
         "coactivation": _coactivation(trace, graph) if trace.top_k > 1 else None,
+        "foretold": foretold_share(trace),
     }
 
 
@@ -145,6 +147,26 @@ def shuffled_within_sequences(trace: RoutingTrace, seed: int = 0) -> RoutingTrac
         order = np.lexsort((rng.random(trace.num_tokens), trace.sequence_ids))
         ids[places, layer] = trace.expert_ids[order, layer]
     return replace(trace, expert_ids=ids, expert_weights=None, foretold_ids=None)
+
+
+def foretold_share(trace: RoutingTrace) -> dict[str, float] | None:
+    """How many of the first MoE layer's choices the token alone foretells (`foretold_ids`).
+
+    `share` of all choices, and `null`: the same with what is foretold dealt to tokens at random.
+    """
+    if trace.foretold_ids is None:
+        return None
+    dealt = np.random.default_rng(0).permutation(trace.foretold_ids)
+    return {
+        name: round(float(_is_in(trace.expert_ids[:, 0], ids).mean()), 5)
+        for name, ids in (("share", trace.foretold_ids), ("null", dealt))
+    }
+
+
+def _is_in(ids: NDArray[np.int16], among: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """(T, K) whether each of a token's experts is among its others."""
+    found: NDArray[np.bool_] = (ids[:, :, None] == among[:, None, :]).any(axis=2)
+    return found
 
 
 def _entropy(share: NDArray[np.float64]) -> NDArray[np.float64]:

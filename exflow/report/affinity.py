@@ -123,6 +123,11 @@ def _statistics_table(found: dict[str, Any]) -> str:
     if found["coactivation"] is not None:
         entries.append(("mutual information, all choices", information["topk"]))
         entries.append(("co-activation beyond load", found["coactivation"]))
+    if found["foretold"] is not None:
+        share, null = found["foretold"]["share"], found["foretold"]["null"]
+        entries.append(
+            ("first layer's choices foretold by the token alone", {"mean": share, "null": null})
+        )
     names = ("mean", "min", "max", "null", "null_within_sequence")
     return table(
         ["statistic", "mean", "min", "max", "shuffled", "shuffled in sequence"],

@@ -54,6 +54,7 @@ def _lines(figures: dict[str, Any]) -> list[str]:
         f"{len(figures['layer_ids'])} MoE layers, top-{figures['top_k']} of {figures['experts']}",
         "",
         *_strength(figures),
+        *_foretold(figures["foretold"]),
         "",
         f"stability (affinity beyond load; transitions kept on one of {stability['ranks']} ranks, "
         f"{1 / stability['ranks']:.2f} by chance)",
@@ -86,6 +87,16 @@ def _strength(figures: dict[str, Any]) -> list[str]:
         ["per layer", "mean", "min", "max", "null", "null within sequence"],
         [[label, *(entry.get(name, "") for name in names)] for label, entry in rows],
     )
+
+
+def _foretold(found: dict[str, float] | None) -> list[str]:
+    if found is None:
+        return []
+    return [
+        "",
+        f"the token alone foretells {found['share']:.3f} of the first layer's choices "
+        f"({found['null']:.3f} by chance)",
+    ]
 
 
 def _agreement(title: str, table: dict[str, Any]) -> list[str]:

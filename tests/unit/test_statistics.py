@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -78,6 +80,17 @@ def test_a_topic_shows_in_the_null_within_sequences():
     information = describe(trace)["mutual_information"]["top1"]
     assert information["null_within_sequence"] == pytest.approx(information["mean"])
     assert information["null"] < 0.02
+
+
+def test_what_is_foretold_is_counted_whatever_its_order():
+    trace = pair_trace()
+    assert describe(trace)["foretold"] is None
+    right = trace.expert_ids[:, 0, ::-1]
+    half = np.where(np.arange(trace.num_tokens)[:, None] % 2, right, (right + 2) % EXPERTS)
+    for foretold, share in ((right, 1.0), (half, 0.5)):
+        figures = describe(replace(trace, foretold_ids=foretold.astype(np.int16)))["foretold"]
+        assert figures["share"] == share
+        assert figures["null"] == pytest.approx(0.25, abs=0.03)
 
 
 def test_coactivation_of_fixed_pairs_is_far_from_independence():
