@@ -10,7 +10,7 @@ differently: the last bit of gate weights, and the choice where two experts are 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +26,7 @@ from exflow.profiling.passes import Mode, foretell, run_decode, run_teacher_forc
 from exflow.profiling.recorder import RoutingRecorder
 from exflow.runtime.ranks import Ranks
 from placement.errors import UserError
+from placement.rules import tells_tokens_apart
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def profile(
         if not ranks.is_first:
             return None
         trace = run.parts.merge(num_batches)
+        if trace.foretold_ids is not None and not tells_tokens_apart(trace.foretold_ids):
+            trace = replace(trace, foretold_ids=None)
         trace.save(output)
         run.parts.remove()
         return trace
@@ -273,7 +276,7 @@ def _manifest(
     name: str, checkpoint: list[list[Any]], shards: Sequence[Path], options: ProfileOptions
 ) -> dict[str, Any]:
     return {
-        "format": "exflow.parts/1",
+        "format": "exflow.parts/2",
         "model": name,
         "checkpoint": checkpoint,
         "corpus": [[shard.name, shard.stat().st_size] for shard in shards],

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from placement.plan import PlacementPlan
+    from placement.search.state import Machine
 
 
 class CompiledRules:
@@ -37,6 +38,7 @@ class CompiledRules:
             else machine._replace(outlook=outlook[layer : layer + 1].astype(np.int32))
             for layer in range(plan.num_layers)
         ]
+        self._from_home = machine
         nothing = np.empty((0, 1), dtype=np.int64)
         self.route(0, nothing, nothing[:, 0])
 
@@ -53,13 +55,28 @@ class CompiledRules:
         Returns:
             (T, K) ranks and (T,) next owners.
         """
+        return self._route(layer, expert_ids, owner, self._machines[layer])
+
+    def first_owner(
+        self, foretold_ids: NDArray[np.int64], home: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """(T,) what `first_owner` says, of (T, K) foretold experts and (T,) homes."""
+        return self._route(0, foretold_ids, home, self._from_home)[1]
+
+    def _route(
+        self,
+        layer: int,
+        expert_ids: NDArray[np.int64],
+        owner: NDArray[np.int64],
+        machine: Machine,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         ranks = np.empty(expert_ids.shape, dtype=np.int64)
         next_owners = np.empty(len(owner), dtype=np.int64)
         route_layer(
             np.ascontiguousarray(owner),
             np.ascontiguousarray(expert_ids)[None],
             self._words[layer : layer + 1],
-            self._machines[layer],
+            machine,
             ranks,
             next_owners,
         )

@@ -58,15 +58,8 @@ def least_rows(
     best = int(np.iinfo(np.int64).max)
 
     home = (trace.sequence_ids % topology.num_ranks).astype(np.int64)
-    foretold = None if coherence_domain == 1 else trace.foretold_ids
-
-    def start(layout: NDArray[np.int64]) -> NDArray[np.int64]:
-        if foretold is None:
-            return home
-        owner: NDArray[np.int64] = first_owner(
-            layout, foretold.astype(np.int64), home, node, domain
-        )
-        return owner
+    foretold = None if trace.foretold_ids is None else trace.foretold_ids.astype(np.int64)
+    starts = [first_owner(layout, foretold, home, node, domain) for layout in layouts]
 
     def descend(layer: int, owner: NDArray[np.int64] | None, rows: int) -> None:
         nonlocal best
@@ -74,8 +67,8 @@ def least_rows(
             best = min(best, rows)
             return
         steps = [
-            _step(ids[layer], layout, start(layout) if owner is None else owner, domain, node)
-            for layout in layouts
+            _step(ids[layer], layout, start if owner is None else owner, domain, node)
+            for layout, start in zip(layouts, starts, strict=True)
         ]
         for cost, moved in sorted(steps, key=lambda step: step[0]):
             if rows + cost + to_come[layer + 1] >= best:

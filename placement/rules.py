@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Array: TypeAlias = Any  # a NumPy array or a torch tensor
+TOO_COMMON = 0.8
 
 
 def choose_ranks(hosts: Array, expert_ids: Array, owner: Array, node_of_rank: Array) -> Array:
@@ -102,18 +103,22 @@ def next_owner(
 
 
 def first_owner(
-    hosts: Array, foretold_ids: Array, home: Array, node_of_rank: Array, domain_of_rank: Array
+    hosts: Array,
+    foretold_ids: Array | None,
+    home: Array,
+    node_of_rank: Array,
+    domain_of_rank: Array,
 ) -> Array:
-    """The rank where a token starts a decode step: the next owner after a layer before the first.
+    """The rank where a token starts a decode step.
 
     Every rank of its coherence domain has its keys and values and knows the token, so it may start
-    on any of them; it does where most of the experts are that the first MoE layer is foretold to
-    choose. Where the foretelling is right that layer sends a row less; where it is not, no more
-    than from home, on average.
+    on any of them: on the one that would be the next owner, but for an outlook, after a layer like
+    the first with the experts that this is foretold to choose. Where the foretelling is right, and
+    home runs none of them, the first layer sends a row less.
 
     Args:
         hosts: int64 (E, W) of the first MoE layer.
-        foretold_ids: int64 (T, K), see `RoutingTrace.foretold_ids`.
+        foretold_ids: int64 (T, K), see `RoutingTrace.foretold_ids`; None: tokens start at home.
         home: int64 (T,).
         node_of_rank: int64 (W,).
         domain_of_rank: int64 (W,); every rank its own domain is `home`.
@@ -125,8 +130,23 @@ def first_owner(
     >>> first_owner(hosts, np.array([[1], [2]]), np.array([0, 0]), np.zeros(2, int), np.zeros(2, int)).tolist()
     [1, 0]
     """
+    if foretold_ids is None:
+        return home
     ranks = _ranks_of(hosts, foretold_ids, home, node_of_rank)
     return next_owner(ranks, home, domain_of_rank)
+
+
+def tells_tokens_apart(foretold_ids: NDArray[Any]) -> bool:
+    """Whether what is foretold of (T, K) choices differs from token to token.
+
+    If the K commonest experts are nearly all that is ever foretold, the gate chooses by the
+    context alone; then tokens start at home, for the ranks of those experts would have them all.
+
+    >>> tells_tokens_apart(np.array([[1], [2], [3], [2]])), tells_tokens_apart(np.array([[1]] * 9))
+    (True, False)
+    """
+    common = np.sort(np.bincount(foretold_ids.ravel()))[::-1][: foretold_ids.shape[1]]
+    return bool(common.sum() < TOO_COMMON * foretold_ids.size)
 
 
 def _ranks_of(hosts: Array, expert_ids: Array, owner: Array, node_of_rank: Array) -> Array:

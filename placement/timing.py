@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from placement.errors import UserError
-from placement.rules import walk_layers
+from placement.rules import first_owner, walk_layers
 from placement.traffic import count_traffic
 
 if TYPE_CHECKING:
@@ -176,9 +176,11 @@ def _rows_by_expert(
     total = inter = 0
     for start in range(0, trace.num_tokens, chunk):
         part = slice(start, start + chunk)
+        home = (trace.sequence_ids[part] % plan.num_ranks).astype(np.int64)
+        foretold = None if trace.foretold_ids is None else trace.foretold_ids[part].astype(np.int64)
         steps = walk_layers(
             trace.expert_ids[part].astype(np.int64),
-            (trace.sequence_ids[part] % plan.num_ranks).astype(np.int64),
+            first_owner(hosts[0], foretold, home, node, domain_of_rank),
             hosts,
             node_of_rank=node,
             domain_of_rank=domain_of_rank,

@@ -100,22 +100,27 @@ class RoutingTrace:
                 raise TraceError(msg)
 
     def _check_experts(self) -> None:
-        for name, ids in (("expert", self.expert_ids), ("foretold", self.foretold_ids)):
-            low, high = (0, 0) if ids is None else (int(ids.min()), int(ids.max()))
-            if low < 0 or high >= self.num_experts:
-                msg = f"{name} ids run from {low} to {high}, expected 0 to {self.num_experts - 1}"
-                raise TraceError(msg)
-        step = max(1, CHECK_CELLS // (self.num_layers * self.top_k))
-        for start in range(0, self.num_tokens if self.top_k > 1 else 0, step):
-            ordered = np.sort(self.expert_ids[start : start + step], axis=2)
-            twice = np.argwhere((ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2))
-            if len(twice):
-                token, layer = start + int(twice[0, 0]), self.layer_ids[int(twice[0, 1])]
-                msg = f"token {token} names an expert twice at layer {layer}"
-                raise TraceError(msg)
+        self._check_ids("expert", self.expert_ids, self.layer_ids)
+        if self.foretold_ids is not None:
+            self._check_ids("foretold", self.foretold_ids[:, None], self.layer_ids[:1])
         if self.expert_weights is not None and not np.isfinite(self.expert_weights).all():
             msg = "expert_weights holds NaN or infinite values"
             raise TraceError(msg)
+
+    def _check_ids(self, name: str, ids: NDArray[np.int16], layer_ids: tuple[int, ...]) -> None:
+        """Of (tokens, layers, top_k) experts."""
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.num_experts:
+            msg = f"{name} ids run from {low} to {high}, expected 0 to {self.num_experts - 1}"
+            raise TraceError(msg)
+        step = max(1, CHECK_CELLS // (len(layer_ids) * self.top_k))
+        for start in range(0, self.num_tokens if self.top_k > 1 else 0, step):
+            ordered = np.sort(ids[start : start + step], axis=2)
+            twice = np.argwhere((ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2))
+            if len(twice):
+                token, layer = start + int(twice[0, 0]), layer_ids[int(twice[0, 1])]
+                msg = f"token {token} names an expert twice at layer {layer} ({name} ids)"
+                raise TraceError(msg)
 
     def _check_domains(self) -> None:
         if self.domain_ids is not None and int(self.domain_ids.max()) >= len(self.domains):
@@ -253,9 +258,10 @@ def _fields(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) ->
     if missing:
         msg = f"tensors missing: {', '.join(sorted(missing))}"
         raise TraceError(msg)
-    if not np.issubdtype(tensors["expert_ids"].dtype, np.integer):
-        msg = f"expert_ids must be integers, got {tensors['expert_ids'].dtype}"
-        raise TraceError(msg)
+    for name in {"expert_ids", "foretold_ids"} & set(tensors):
+        if not np.issubdtype(tensors[name].dtype, np.integer):
+            msg = f"{name} must be integers, got {tensors[name].dtype}"
+            raise TraceError(msg)
     return {
         "expert_ids": tensors["expert_ids"],
         "sequence_ids": tensors["sequence_ids"],

@@ -125,14 +125,14 @@ def count_traffic(
         size = 1
     walk = _Walk(plan, plan.topology.domain_of_rank(size), dispatch)
     home = trace.sequence_ids % plan.num_ranks if homes is None else homes
-    foretold = None if size == 1 else trace.foretold_ids
     step = max(1, CHUNK_CELLS // (plan.num_ranks * (trace.top_k + 4)))
     for start in range(0, trace.num_tokens, step):
         part = slice(start, start + step)
-        owner = home[part].astype(np.int64)
-        if foretold is not None:
-            owner = walk.start(foretold[part].astype(np.int64), owner)
-        walk.add(trace.expert_ids[part].astype(np.int64), owner)
+        walk.add(
+            trace.expert_ids[part].astype(np.int64),
+            home[part].astype(np.int64),
+            None if trace.foretold_ids is None else trace.foretold_ids[part].astype(np.int64),
+        )
     return walk.traffic()
 
 
@@ -169,13 +169,15 @@ class _Walk:
         self.rows: list[NDArray[np.int32]] = []
         self.inter_node_rows: list[NDArray[np.int32]] = []
 
-    def start(self, foretold_ids: NDArray[np.int64], home: NDArray[np.int64]) -> NDArray[np.int64]:
-        owner: NDArray[np.int64] = first_owner(
+    def add(
+        self,
+        expert_ids: NDArray[np.int64],
+        home: NDArray[np.int64],
+        foretold_ids: NDArray[np.int64] | None,
+    ) -> None:
+        owner = first_owner(
             self.hosts[0], foretold_ids, home, self.node_of_rank, self.domain_of_rank
         )
-        return owner
-
-    def add(self, expert_ids: NDArray[np.int64], owner: NDArray[np.int64]) -> None:
         width = len(self.node_of_rank)
         rows = np.zeros(len(owner), dtype=np.int32)
         inter_node_rows = np.zeros(len(owner), dtype=np.int32)

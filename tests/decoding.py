@@ -139,7 +139,7 @@ def decode(model, case, prompts=PROMPTS):
         tokens=[tokens[index] for index in range(len(prompts))],
         logits=logits,
         decode=join_phases(by_rank),
-        trace=recorder.gather(ranks, device, source="test"),
+        trace=recorder.gather(ranks, device, source="test", foretell=engine.foretell),
     )
 
 

@@ -1,5 +1,7 @@
 """Routing traces with planted structure, for the planner's tests."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from placement.trace import RoutingTrace
@@ -23,6 +25,14 @@ def planted_trace(
         model="planted",
         layer_ids=tuple(range(layers)),
     )
+
+
+def foretelling(trace, *, right=0.7, seed=0):
+    """The trace with experts foretold for its tokens, rightly for so many; those of others else."""
+    rng = np.random.default_rng(seed)
+    first = trace.expert_ids[:, 0]
+    is_right = rng.random((trace.num_tokens, 1)) < right
+    return replace(trace, foretold_ids=np.where(is_right, first, rng.permutation(first)))
 
 
 def random_trace(*, tokens=40, layers=3, experts=4, top_k=1, seed=0):

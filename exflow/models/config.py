@@ -47,6 +47,7 @@ def common_fields(config: Any, folder: Path, name: str) -> dict[str, Any]:
         "dense_size": config.intermediate_size,
         "tie_word_embeddings": config.tie_word_embeddings,
         "eos_token_ids": eos_token_ids(config, folder),
+        "bos_token_id": config.bos_token_id,
     }
 
 

@@ -43,6 +43,7 @@ class DecoderDefinition:
         shared_expert: a block that every token of a MoE layer uses besides its experts, or None.
         tie_word_embeddings: whether the head is the embedding.
         eos_token_ids: tokens that end a text.
+        bos_token_id: the token that texts begin with, if there is one.
         weights: the names of the tensors.
     """
 
@@ -67,6 +68,7 @@ class DecoderDefinition:
     shared_expert: SharedExpert | None = None
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
     weights: WeightNames = field(default_factory=WeightNames)
 
     def __post_init__(self) -> None:

@@ -95,5 +95,6 @@ def define(config: Any, folder: Path, name: str) -> DecoderDefinition:
         dense_size=inner,
         tie_word_embeddings=config.tie_word_embeddings,
         eos_token_ids=eos_token_ids(config, folder),
+        bos_token_id=config.bos_token_id,
         weights=NAMES,
     )

@@ -88,15 +88,19 @@ def run_decode(
 def foretell(
     model: PreTrainedModel, recorder: RoutingRecorder, token_ids: NDArray[np.int64]
 ) -> NDArray[np.int16]:
-    """(T, K) what the first MoE layer's gate chooses for tokens that stand alone, by falling weight."""
-    ids_T1 = torch.from_numpy(token_ids)[:, None]
+    """(T, K) what the first MoE layer chooses for tokens with the beginning of a text before them.
+
+    See `exflow.runtime.opening`, which finds the same for the runtime.
+    """
+    tokens_T = torch.from_numpy(token_ids)
+    ids_T2 = torch.stack([torch.full_like(tokens_T, _begin_token(model)), tokens_T], dim=1)
     parts = [
         recorder.first_layer(
             partial(model.base_model, input_ids=part.to(model.device), use_cache=False)
         )
-        for part in torch.split(ids_T1, TOKENS_AT_ONCE)
+        for part in torch.split(ids_T2, TOKENS_AT_ONCE)
     ]
-    return torch.cat(parts).numpy()
+    return torch.cat(parts)[1::2].numpy()
 
 
 def _decode(
@@ -166,6 +170,11 @@ def _padded(batch: Batch, *, side: Literal["left", "right"]) -> tuple[torch.Tens
         input_ids[row, place] = torch.tensor(text.token_ids)
         is_text[row, place] = True
     return input_ids, is_text
+
+
+def _begin_token(model: PreTrainedModel) -> int:
+    begin = model.config.get_text_config().bos_token_id
+    return int(begin) if begin is not None else (_end_tokens(model) or [0])[0]
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:

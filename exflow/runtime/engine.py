@@ -30,6 +30,9 @@ from placement.traffic import DISPATCHES, PROTOCOLS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from exflow.runtime.decoder import Decoder
     from exflow.runtime.dispatchers import Hops
     from exflow.runtime.graphs import StepGraphs
@@ -192,10 +195,7 @@ class Engine:
             has_background=routes.has_domains,
         )
         rotary = Rotary(decoder.definition, dtype=embedding.dtype, device=embedding.device)
-        owners_move = (
-            options.protocol == "coherent" and dispatch != "replicated" and ranks.num_ranks > 1
-        )
-        opening = Opening(decoder, rotary, plan, ranks, coherence_domain=options.domain_size)
+        self._opening = Opening(decoder, rotary, tables, ranks)
         self._steps = Steps(
             decoder=decoder,
             rotary=rotary,
@@ -210,12 +210,11 @@ class Engine:
             wire=wire if ranks.num_ranks > 1 else None,
             metrics=self.metrics,
             recorder=recorder if ranks.is_first or dispatch != "replicated" else None,
-            opening=opening if owners_move or recorder is not None else None,
+            opening=self._opening if routes.has_domains and dispatch != "replicated" else None,
             rank=ranks.rank,
             domain_of_rank=domain_of_rank,
             routes=routes,
             share_bytes=options.share_bytes,
-            owners_move=owners_move,
             can_record=options.cuda_graphs
             and embedding.is_cuda
             and recorder is None
@@ -229,6 +228,10 @@ class Engine:
         `generate` does it, too; what the first call does, later ones need not.
         """
         self._steps.connect()
+
+    def foretell(self, token_ids: NDArray[np.int64]) -> NDArray[np.int16] | None:
+        """(T, K) `RoutingTrace.foretold_ids` of tokens; None where they are always the same."""
+        return self._opening.foretold(token_ids)
 
     @torch.inference_mode()
     def generate(
@@ -253,6 +256,8 @@ class Engine:
         if self._tokenizer is None and any(request.params.stop for request in requests):
             msg = "stop strings need a tokenizer; give the engine one or use stop_token_ids"
             raise EngineError(msg)
+        if not requests:
+            return
         limits = self._limits(requests)
         scheduler = Scheduler(
             requests,

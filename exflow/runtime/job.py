@@ -81,7 +81,9 @@ def run_job(job: Job) -> None:
         clock.lap("generate")
         if recorder is None or not requests:
             return
-        trace = recorder.gather(ranks, prepared.device, source=job.prompts.name)
+        trace = recorder.gather(
+            ranks, prepared.device, source=job.prompts.name, foretell=engine.foretell
+        )
         summary = summarize(
             prepared,
             ranks,

@@ -6,7 +6,7 @@ tokens, K experts a token, M (token, layer) pairs, S slots.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +14,19 @@ import torch
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from exflow.models.definition import DecoderDefinition
     from exflow.runtime.ranks import Ranks
 
+Foretell: TypeAlias = "Callable[[NDArray[np.int64]], NDArray[np.int16] | None]"
 Scalar = TypeVar("Scalar", np.int64, np.int16, np.float16)
+
+
+def nothing(token_ids: NDArray[np.int64]) -> None:
+    """Nothing is foretold of any token."""
 
 
 class DecodeRecorder:
@@ -29,7 +36,6 @@ class DecodeRecorder:
         self._definition = definition
         self._step: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._keys: list[NDArray[np.int64]] = []
-        self._foretold: list[NDArray[np.int16]] = []
         self._experts: list[NDArray[np.int16]] = []
         self._weights: list[NDArray[np.float16]] = []
 
@@ -43,37 +49,44 @@ class DecodeRecorder:
         self,
         requests_S: NDArray[np.int64],
         positions_S: NDArray[np.int64],
-        foretold_SK: NDArray[np.int16],
+        tokens_S: NDArray[np.int64],
     ) -> None:
-        """The step is over; which request and position each slot had, and experts foretold for it."""
+        """The step is over; this is which request, position and token each slot had."""
         slots_M = torch.cat([slots for slots, _, _ in self._step]).cpu().numpy()
         layers_M = np.repeat(np.arange(len(self._step)), [len(step[0]) for step in self._step])
-        self._keys.append(np.stack([requests_S[slots_M], positions_S[slots_M], layers_M], axis=1))
-        self._foretold.append(foretold_SK[slots_M[layers_M == 0]])
+        of_slot = [requests_S[slots_M], positions_S[slots_M], layers_M, tokens_S[slots_M]]
+        self._keys.append(np.stack(of_slot, axis=1))
         experts = torch.cat([experts for _, experts, _ in self._step])
         weights = torch.cat([weights for _, _, weights in self._step])
         self._experts.append(experts.cpu().numpy().astype(np.int16))
         self._weights.append(weights.cpu().numpy().astype(np.float16))
         self._step.clear()
 
-    def gather(self, ranks: Ranks, device: torch.device, *, source: str) -> RoutingTrace | None:
-        """The whole job's trace, in order of request and position; None if nothing was decoded."""
+    def gather(
+        self, ranks: Ranks, device: torch.device, *, source: str, foretell: Foretell = nothing
+    ) -> RoutingTrace | None:
+        """The whole job's trace, in order of request and position; None if nothing was decoded.
+
+        Args:
+            ranks: this rank.
+            device: where messages between ranks are made.
+            source: what was decoded.
+            foretell: `Engine.foretell`.
+        """
         top_k, num_layers = self._definition.top_k, len(self._definition.moe_layer_ids)
-        keys = _gather(self._keys, np.empty((0, 3), np.int64), ranks, device)
+        keys = _gather(self._keys, np.empty((0, 4), np.int64), ranks, device)
         experts = _gather(self._experts, np.empty((0, top_k), np.int16), ranks, device)
         weights = _gather(self._weights, np.empty((0, top_k), np.float16), ranks, device)
-        foretold = _gather(self._foretold, np.empty((0, top_k), np.int16), ranks, device)
         if len(keys) == 0:
             return None
-        starts = keys[keys[:, 2] == 0]
         order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
-        keys = keys[order].reshape(-1, num_layers, 3)
+        keys = keys[order].reshape(-1, num_layers, 4)
         return RoutingTrace(
             expert_ids=experts[order].reshape(-1, num_layers, top_k),
             expert_weights=weights[order].reshape(-1, num_layers, top_k),
             sequence_ids=keys[:, 0, 0].astype(np.int32),
             positions=keys[:, 0, 1].astype(np.int32),
-            foretold_ids=foretold[np.lexsort((starts[:, 1], starts[:, 0]))],
+            foretold_ids=foretell(keys[:, 0, 3]),
             num_experts=self._definition.num_experts,
             model=self._definition.name,
             layer_ids=self._definition.moe_layer_ids,

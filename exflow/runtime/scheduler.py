@@ -30,7 +30,8 @@ class Flight:
     Attributes:
         request: what was asked.
         slot: its place in the batch.
-        home: the rank where its tokens start a step.
+        home: the rank that reads its prompt, and where its tokens start a decode step unless an
+            `Opening` says otherwise.
         domain: the coherence domain that has its keys and values.
         pages: where in the cache.
         read: how many tokens of its prompt are read, or will be when the pass under way ends.

@@ -47,12 +47,11 @@ class Steps:
         wire: the collectives; None on one rank.
         metrics: counts by phase.
         recorder: takes down the routing of decode steps.
-        opening: foretells experts, where owners move or routing is recorded.
+        opening: where tokens start decode steps, if owners move; else they start and end at home.
         rank: this rank.
         domain_of_rank: coherence domains.
         routes: which ranks get whose keys and values.
         share_bytes: keys and values leave during a step once a rank has so many bytes of them.
-        owners_move: whether tokens of decode steps may be on other ranks than their homes.
         can_record: whether decode steps may become CUDA graphs.
     """
 
@@ -67,7 +66,6 @@ class Steps:
     domain_of_rank: Sequence[int]
     routes: Routes
     share_bytes: int
-    owners_move: bool
     can_record: bool
 
     def connect(self) -> None:
@@ -132,6 +130,8 @@ class Steps:
         graphs: StepGraphs | None = None,
     ) -> dict[int, int]:
         """One more token of every request in flight, by slot."""
+        metrics = self.metrics["decode"]
+        metrics.resume()
         positions_S = np.zeros(len(cache.page_table), dtype=np.int64)
         requests_S, tokens_S = np.zeros_like(positions_S), np.zeros_like(positions_S)
         for flight in running:
@@ -148,7 +148,7 @@ class Steps:
         token_ids = [flight.token_ids[-1] for flight in mine]
         slots = [flight.slot for flight in mine]
         owned = tuple(np.bincount(starts, minlength=len(self.domain_of_rank)).tolist())
-        metrics = self.metrics["decode"]
+        metrics.lap("gate")
         metrics.start(owned[self.rank])
         if graphs is not None:
             tokens, logits_TV = graphs.run(token_ids, slots, positions_S, owned, metrics)
@@ -163,10 +163,9 @@ class Steps:
             )
             tokens, logits_TV = self.step(inputs, cache, sharing, metrics)
         if self.recorder is not None:
-            assert self.opening is not None
-            self.recorder.end_step(requests_S, positions_S, self.opening.foretold(tokens_S))
+            self.recorder.end_step(requests_S, positions_S, tokens_S)
         here = [flight for flight in mine if flight.home == self.rank]
-        if self.owners_move:
+        if self.opening is not None:
             flight_of_slot = {flight.slot: flight for flight in running}
             here = [flight_of_slot[slot] for slot in tokens.slots.tolist()]
         return self._finish("decode", tokens, logits_TV, here, sharing)
@@ -273,7 +272,7 @@ class Steps:
     def _starts(self, flights: Sequence[Flight]) -> list[int]:
         """The rank where each request's token starts a decode step."""
         homes = [flight.home for flight in flights]
-        if self.opening is None or not self.owners_move:
+        if self.opening is None:
             return homes
         return self.opening.owners([flight.token_ids[-1] for flight in flights], homes)
 

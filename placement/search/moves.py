@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placement.search.jit import Array, Number, kernel
-from placement.search.walk import ONE, has_bit, visit
+from placement.search.walk import ONE, has_bit, start_of, visit
 
 if TYPE_CHECKING:
     from placement.search.state import Layout, Problem, Scratch
@@ -64,8 +64,12 @@ def follow(problem: Problem, layer: int, token: int, commit: bool) -> Number:
     tokens, flow, scratch = problem.tokens, problem.flow, problem.scratch
     layers, top_k = flow.choice.shape[0], flow.choice.shape[2]
     weight, part = tokens.weight[token], tokens.part[token]
-    owner = np.int64(flow.owner[layer, token])
     choice = scratch.choice
+    owner = np.int64(flow.owner[layer, token])
+    if layer == 0:
+        owner = start_of(token, tokens, problem.machine, problem.layout.hosts, choice)
+        if commit:
+            flow.owner[0, token] = owner
     change = 0.0
     while True:
         moved, cost = visit(

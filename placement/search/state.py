@@ -26,16 +26,20 @@ class Tokens(NamedTuple):
 
     Attributes:
         expert_ids: int16 (L, T, K).
-        first_owner: int16 (T,).
+        home: int16 (T,).
+        foretold_ids: int16 (1, T, K) the experts that settle where a token starts (see
+            `rules.first_owner`); (0, T, K) if tokens start at home.
         weight: float32 (T,) what a token counts for.
         part: int16 (T,) the part of the sequences a token belongs to; -1 where load is not counted
             by parts.
         start: int64 (L, E + 1) where an expert's tokens begin in `users`.
-        users: int32 (L, T * K) tokens by expert, rising.
+        users: int32 (L, U) tokens by expert, rising; at the first layer also those it is foretold
+            for. U is T * K, or twice as many.
     """
 
     expert_ids: NDArray[np.int16]
-    first_owner: NDArray[np.int16]
+    home: NDArray[np.int16]
+    foretold_ids: NDArray[np.int16]
     weight: NDArray[np.float32]
     part: NDArray[np.int16]
     start: NDArray[np.int64]
@@ -180,11 +184,15 @@ def make_tokens(
     """
     order = token_order(trace, seed=seed)
     ids = np.ascontiguousarray(trace.expert_ids[order].transpose(1, 0, 2).astype(np.int16))
-    start, users = _users(ids, trace.num_experts)
+    foretold = np.empty((0, *ids.shape[1:]), dtype=np.int16)
+    if trace.foretold_ids is not None:
+        foretold = np.ascontiguousarray(trace.foretold_ids[order][None].astype(np.int16))
+    start, users = _users(ids, foretold, trace.num_experts)
     weights = np.ones(trace.num_tokens, dtype=np.float32) if weight is None else weight[order]
     return Tokens(
         expert_ids=ids,
-        first_owner=(trace.sequence_ids[order] % num_ranks).astype(np.int16),
+        home=(trace.sequence_ids[order] % num_ranks).astype(np.int16),
+        foretold_ids=foretold,
         weight=weights.astype(np.float32),
         part=_parts(trace, parts, seed=seed)[order],
         start=start,
@@ -195,10 +203,12 @@ def make_tokens(
 def first_tokens(tokens: Tokens, count: int, num_experts: int) -> Tokens:
     """The first tokens alone: a random sample."""
     ids = np.ascontiguousarray(tokens.expert_ids[:, :count])
-    start, users = _users(ids, num_experts)
+    foretold = np.ascontiguousarray(tokens.foretold_ids[:, :count])
+    start, users = _users(ids, foretold, num_experts)
     return Tokens(
         expert_ids=ids,
-        first_owner=tokens.first_owner[:count],
+        home=tokens.home[:count],
+        foretold_ids=foretold,
         weight=tokens.weight[:count],
         part=tokens.part[:count],
         start=start,
@@ -220,14 +230,21 @@ def token_order(trace: RoutingTrace, *, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(trace.num_tokens)
 
 
-def _users(ids: NDArray[np.int16], num_experts: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _users(
+    ids: NDArray[np.int16], foretold_ids: NDArray[np.int16], num_experts: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     layers, tokens, top_k = ids.shape
     start = np.zeros((layers, num_experts + 1), dtype=np.int64)
-    users = np.empty((layers, tokens * top_k), dtype=np.int32)
+    users = np.zeros((layers, tokens * top_k * (1 + len(foretold_ids))), dtype=np.int32)
     for layer in range(layers):
-        flat = ids[layer].ravel()
-        users[layer] = np.argsort(flat, kind="stable") // top_k
-        start[layer, 1:] = np.cumsum(np.bincount(flat, minlength=num_experts))
+        used = ids[layer]
+        if layer == 0 and len(foretold_ids):
+            used = np.concatenate([used, foretold_ids[0]], axis=1)
+        token = np.repeat(np.arange(tokens), used.shape[1])
+        pairs = used.ravel().astype(np.int64) * tokens + token
+        pairs = np.unique(pairs) if used is not ids[layer] else np.sort(pairs)
+        users[layer, : len(pairs)] = pairs % tokens
+        start[layer, 1:] = np.cumsum(np.bincount(pairs // tokens, minlength=num_experts))
     return start, users
 
 
@@ -298,6 +315,5 @@ def make_flow(tokens: Tokens, machine: Machine, layout: Layout) -> Flow:
         load=np.zeros((layers, width), dtype=np.float64),
         part_load=np.zeros((layers, parts, width), dtype=np.float64),
     )
-    flow.owner[0] = tokens.first_owner
     route_all(tokens, machine, layout, flow, np.zeros(top_k, dtype=np.int64))
     return flow

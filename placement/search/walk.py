@@ -103,7 +103,8 @@ def visit(
         choice[k] = rank
         chosen |= ONE << np.uint64(rank)
         visited |= machine.ranks_of_node[node_of_rank[rank]]
-    best = best_owner(layer, token, owner, ids, machine, choice)
+    looks_ahead = machine.outlook.shape[0] > 0
+    best = best_owner(layer, token, owner, ids, machine, choice, looks_ahead)
     if machine.unit[0] == EACH_EXPERT:
         return best, cost_by_expert(machine, choice, owner) + cost_by_expert(machine, choice, best)
     cost = machine.row_cost[0] * rows_between(chosen, owner, best)
@@ -139,7 +140,13 @@ def rows_between(places: Word, start: Number, end: Number) -> Number:
 
 @kernel
 def best_owner(
-    layer: int, token: int, owner: Number, ids: Array, machine: Machine, choice: Array
+    layer: int,
+    token: int,
+    owner: Number,
+    ids: Array,
+    machine: Machine,
+    choice: Array,
+    looks_ahead: bool,
 ) -> Number:
     """The next owner by `next_owner`: the rank is in the last six bits of what is compared."""
     top_k, last = ids.shape[2], np.int64(MAX_RANKS - 1)
@@ -148,7 +155,7 @@ def best_owner(
     for k in range(top_k):
         rank = np.int64(choice[k])
         worth: Number = np.int64(1)
-        if machine.outlook.shape[0] > 0:
+        if looks_ahead:
             for j in range(top_k):
                 worth += machine.outlook[layer, ids[layer, token, j], rank]
         else:
@@ -158,6 +165,16 @@ def best_owner(
         may_own = domain_of_rank[rank] == domain_of_rank[owner]
         best = max(best, worth if may_own else np.int64(0))
     return last - (best & last) if best > 0 else np.int64(owner)
+
+
+@kernel
+def start_of(token: int, tokens: Tokens, machine: Machine, hosts: Array, choice: Array) -> Number:
+    """The token's first owner by `rules.first_owner`; its home where nothing is foretold."""
+    home = np.int64(tokens.home[token])
+    if len(tokens.foretold_ids) == 0:
+        return home
+    visit(0, token, home, tokens.foretold_ids, hosts, machine, choice)
+    return best_owner(0, token, home, tokens.foretold_ids, machine, choice, False)
 
 
 @kernel
@@ -181,6 +198,8 @@ def route_layer(
 def route_all(tokens: Tokens, machine: Machine, layout: Layout, flow: Flow, choice: Array) -> None:
     """Walks every token through every layer and writes the flow."""
     layers, count, top_k = tokens.expert_ids.shape
+    for token in range(count):
+        flow.owner[0, token] = start_of(token, tokens, machine, layout.hosts, choice)
     for layer in range(layers):
         for token in range(count):
             owner = flow.owner[layer, token]

@@ -152,7 +152,7 @@ def decode(model, way):
         tokens = {done.request.index: list(done.token_ids) for done in completions}
     measured = join_phases(ranks.gather(engine.metrics["decode"].to_json(), CPU))["rows"]
     traffic = count_traffic(
-        recorder.gather(ranks, CPU, source="test"),
+        recorder.gather(ranks, CPU, source="test", foretell=engine.foretell),
         plan,
         protocol=way.protocol,
         coherence_domain=way.domain,

@@ -86,6 +86,7 @@ def test_tokens_start_away_from_home_where_owners_move(model, on_two_ranks):
     from_home = count_traffic(replace(trace, foretold_ids=None), plan).dispatch[0]
     measured = np.asarray(coherent.decode["rows"]["dispatch"])[0]
     assert not np.array_equal(measured, from_home)
+    assert np.array_equal(measured, count_traffic(trace, plan).dispatch[0])
 
 
 def test_messages_a_step(model, on_two_ranks):

@@ -127,13 +127,13 @@ def test_the_recorder_notes_what_the_routers_chose(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_foretold_is_the_first_layer_s_choice_for_a_token_alone(family):
+def test_what_is_foretold_is_the_first_layer_s_choice_where_a_text_begins(family):
     model, tokens = tiny_model(family), np.array([200, 3, 77])
     with RoutingRecorder(model) as recorder:
         foretold = foretell(model, recorder, tokens)
         recorded = run_teacher_forced(model, recorder, some_batch(9, 4))
     for token, experts in zip(tokens, foretold, strict=True):
-        first = router_choices(model, torch.tensor([[token]]))[0][0]
+        first = router_choices(model, torch.tensor([[0, token]]))[0][1]
         assert experts.tolist() == first.tolist()
     assert recorded.expert_ids.shape[:2] == (13, len(recorder.layer_ids)), "later passes are whole"
 

@@ -10,7 +10,7 @@ from placement.search.walk import total_cost
 from placement.strategies import PlacementOptions, get_strategy
 from placement.topology import Topology
 from placement.traffic import count_traffic
-from planted import planted_trace, random_trace
+from planted import foretelling, planted_trace, random_trace
 
 ANY = float("inf")
 
@@ -138,8 +138,13 @@ def test_stopped_early_generations_give_the_cheapest_search_that_was_finished(
 
 
 @pytest.mark.parametrize(("nodes", "per_node", "slots"), [(1, 4, 3), (2, 2, 4)])
-def test_generations_cost_no_more_than_one_search_and_are_the_same_twice(nodes, per_node, slots):
+@pytest.mark.parametrize("is_foretold", [False, True])
+def test_generations_cost_no_more_than_one_search_and_are_the_same_twice(
+    nodes, per_node, slots, is_foretold
+):
     trace = planted_trace(tokens=600, layers=3, experts=12, top_k=3, topics=4, noise=0.4)
+    if is_foretold:
+        trace = foretelling(trace)
     topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
     costs, plans = [], []
     for effort in (0.5, 4.0, 4.0):
@@ -147,6 +152,10 @@ def test_generations_cost_no_more_than_one_search_and_are_the_same_twice(nodes, 
         plan = get_strategy("affinity")(trace, topology, slots_per_rank=slots, options=options)
         costs.append(plan.predicted["cost_per_token"])
         plans.append(plan)
-        assert count_traffic(trace, plan).imbalance()["max"] <= 1.3
+        traffic = count_traffic(trace, plan)
+        assert traffic.imbalance()["max"] <= 1.3
+        if nodes == 1:
+            rows = traffic.rows_per_token()["total"]
+            assert plan.predicted["cost_per_token"] == pytest.approx(rows, abs=1e-4)
     assert costs[1] <= 1.01 * costs[0]
     assert plans[1].slots == plans[2].slots

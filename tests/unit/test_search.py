@@ -26,7 +26,7 @@ from placement.timing import rows_by_kind, unit_of
 from placement.topology import Topology
 from placement.trace import RoutingTrace
 from placement.traffic import count_traffic, crossing_rate, imbalance_of
-from planted import planted_trace, random_trace
+from planted import foretelling, planted_trace, random_trace
 
 TOPOLOGIES = [(1, 4, None), (2, 2, None), (2, 2, 2), (2, 4, 4), (4, 1, 1), (3, 2, None)]
 
@@ -74,10 +74,15 @@ def search_on(trace, topology, *, extra=0, slots=None, domain=None, seed=0, part
     )
 
 
+@pytest.mark.parametrize("is_foretold", [False, True])
 @pytest.mark.parametrize("extra", [0, 6])
 @pytest.mark.parametrize(("nodes", "per_node", "domain"), TOPOLOGIES)
-def test_the_search_counts_rows_and_load_as_the_traffic_model_does(nodes, per_node, domain, extra):
+def test_the_search_counts_rows_and_load_as_the_traffic_model_does(
+    nodes, per_node, domain, extra, is_foretold
+):
     trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
+    if is_foretold:
+        trace = foretelling(trace)
     topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
     hosts = random_hosts(trace, topology.num_ranks, extra, seed=1)
     traffic = count_traffic(trace, plan_of(hosts, trace, topology), coherence_domain=domain)
@@ -108,10 +113,15 @@ def test_the_search_prices_the_rows_of_each_backend(backend, extra):
     assert total_cost(tokens, flow) / trace.num_tokens == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("is_foretold", [False, True])
 @pytest.mark.parametrize("extra", [0, 6])
 @pytest.mark.parametrize(("nodes", "per_node", "domain"), TOPOLOGIES)
-def test_the_search_follows_an_outlook_as_the_traffic_model_does(nodes, per_node, domain, extra):
+def test_the_search_follows_an_outlook_as_the_traffic_model_does(
+    nodes, per_node, domain, extra, is_foretold
+):
     trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
+    if is_foretold:
+        trace = foretelling(trace)
     topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
     hosts = random_hosts(trace, topology.num_ranks, extra, seed=1)
     shape = (trace.num_layers, trace.num_experts, topology.num_ranks)
@@ -141,10 +151,13 @@ def test_a_fitted_outlook_saves_rows_on_tokens_not_seen():
     assert ahead["total"] < 0.99 * without["total"]
 
 
+@pytest.mark.parametrize("is_foretold", [False, True])
 @pytest.mark.parametrize("extra", [0, 6])
 @pytest.mark.parametrize(("nodes", "per_node", "domain"), TOPOLOGIES)
-def test_annealing_keeps_its_books_true(nodes, per_node, domain, extra):
+def test_annealing_keeps_its_books_true(nodes, per_node, domain, extra, is_foretold):
     trace = planted_trace(tokens=300, experts=12, top_k=3, topics=3)
+    if is_foretold:
+        trace = foretelling(trace)
     topology = Topology(num_nodes=nodes, ranks_per_node=per_node)
     search = search_on(trace, topology, extra=extra, domain=domain, parts=3)
     problem = search.problem(1 << 40, caps(1.5), 7)

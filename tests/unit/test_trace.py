@@ -114,7 +114,12 @@ def test_top1_keeps_the_first_expert():
         (np.full((2, 1, 1), 4), {}, "expert ids run from 4 to 4, expected 0 to 3"),
         (np.full((2, 1, 1), -1), {}, "expert ids run from -1"),
         (np.zeros((2, 1, 1)), {"foretold_ids": np.full((2, 1), 9, np.int16)}, "foretold ids run"),
-        (np.full((2, 1, 2), 3), {}, "names an expert twice at layer 0"),
+        (np.full((2, 1, 2), 3), {}, r"names an expert twice at layer 0 \(expert ids\)"),
+        (
+            np.array([[[0, 1]], [[2, 3]]]),
+            {"foretold_ids": np.full((2, 2), 3, np.int16)},
+            r"twice at layer 0 \(foretold ids\)",
+        ),
         (np.zeros((2, 1, 1)), {"layer_ids": (0, 1)}, "names 2 layers"),
         (np.zeros((2, 1, 1)), {"sequence_ids": np.zeros(3, np.int32)}, "sequence_ids must have"),
         (np.zeros((2, 1, 1)), {"domain_ids": np.ones(2, np.uint8)}, "domain_ids reach 1"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from placement.compiled_rules import CompiledRules
 from placement.plan import PlacementPlan, Strategy
-from placement.rules import choose_ranks, next_owner, relays, walk_layers
+from placement.rules import choose_ranks, first_owner, next_owner, relays, walk_layers
 from placement.topology import Topology
 from placement.trace import RoutingTrace
 from placement.traffic import TrafficError, count_traffic, crossing_rate
@@ -253,6 +253,11 @@ def test_compiled_rules_say_the_same(routing, has_outlook, data):
     coherence_domain = data.draw(st.sampled_from([None, *sizes]))
     compiled = CompiledRules(plan, coherence_domain=coherence_domain)
     owner = trace.sequence_ids.astype(np.int64) % plan.num_ranks
+    domains = plan.topology.domain_of_rank(coherence_domain)
+    foretold = trace.expert_ids[:, 0].astype(np.int64)
+    hosts, nodes = plan.hosts()[0].astype(np.int64), plan.topology.node_of_rank
+    starts = first_owner(hosts, foretold, owner, nodes, domains)
+    assert np.array_equal(compiled.first_owner(foretold, owner), starts)
     steps = walk_layers(
         trace.expert_ids.astype(np.int64),
         owner,
