@@ -19,14 +19,20 @@ import torch
 
 from exflow.assets import resolve_model
 from exflow.corpus import CorpusStats, find_shards, read_documents
+from exflow.models.foretelling import can_tell_apart, sample_vocabulary
 from exflow.profiling.batches import Batch, Budget, TokenizedText, make_batches
 from exflow.profiling.checkpoint import choose_device, fingerprint, load_model, load_tokenizer
 from exflow.profiling.parts import PartsFolder
-from exflow.profiling.passes import Mode, foretell, run_decode, run_teacher_forced
+from exflow.profiling.passes import (
+    Mode,
+    foretell,
+    run_decode,
+    run_teacher_forced,
+    vocabulary_of,
+)
 from exflow.profiling.recorder import RoutingRecorder
 from exflow.runtime.ranks import Ranks
 from placement.errors import UserError
-from placement.rules import tells_tokens_apart
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -135,7 +141,7 @@ def profile(
         if not ranks.is_first:
             return None
         trace = run.parts.merge(num_batches)
-        if trace.foretold_ids is not None and not tells_tokens_apart(trace.foretold_ids):
+        if not _can_tell_apart(run):
             trace = replace(trace, foretold_ids=None)
         trace.save(output)
         run.parts.remove()
@@ -264,6 +270,13 @@ def _record(run: _Run, batch: Batch) -> RoutingTrace | None:
         foretold_ids=foretold_ids,
         phase=run.options.mode,
     )
+
+
+def _can_tell_apart(run: _Run) -> bool:
+    """Whether foretelling is any use, as the runtime judges it."""
+    with run.recorder:
+        sample = sample_vocabulary(vocabulary_of(run.model))
+        return can_tell_apart(foretell(run.model, run.recorder, sample))
 
 
 def _short_name(model_name: str) -> str:

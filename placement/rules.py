@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Array: TypeAlias = Any  # a NumPy array or a torch tensor
-TOO_COMMON = 0.8
 
 
 def choose_ranks(hosts: Array, expert_ids: Array, owner: Array, node_of_rank: Array) -> Array:
@@ -134,19 +133,6 @@ def first_owner(
         return home
     ranks = _ranks_of(hosts, foretold_ids, home, node_of_rank)
     return next_owner(ranks, home, domain_of_rank)
-
-
-def tells_tokens_apart(foretold_ids: NDArray[Any]) -> bool:
-    """Whether what is foretold of (T, K) choices differs from token to token.
-
-    If the K commonest experts are nearly all that is ever foretold, the gate chooses by the
-    context alone; then tokens start at home, for the ranks of those experts would have them all.
-
-    >>> tells_tokens_apart(np.array([[1], [2], [3], [2]])), tells_tokens_apart(np.array([[1]] * 9))
-    (True, False)
-    """
-    common = np.sort(np.bincount(foretold_ids.ravel()))[::-1][: foretold_ids.shape[1]]
-    return bool(common.sum() < TOO_COMMON * foretold_ids.size)
 
 
 def _ranks_of(hosts: Array, expert_ids: Array, owner: Array, node_of_rank: Array) -> Array:

@@ -46,7 +46,8 @@ class RoutingTrace:
         expert_weights: float16 (tokens, layers, top_k), gate weights.
         domain_ids: uint8 (tokens,), index into `domains`.
         foretold_ids: int16 (tokens, top_k), the experts that the first MoE layer chooses for the
-            token where nothing stands before it; they say where it starts a coherent decode step.
+            token where only the beginning of a text stands before it; they say where it starts a
+            coherent decode step (`rules.first_owner`).
         domains: names of the domains (Pile subsets).
         phase: "teacher-forced", "prefill", "decode" or "unknown".
         source: where the text came from.

@@ -11,7 +11,8 @@ owner. A rank that runs several of a token's experts receives the token's row on
 Where dispatch is replicated, every rank has every token at every layer; each sends its partial sum
 to all others, whether it runs experts of the token or not. Copies of experts run as under `home`.
 
-Tokens walk by the rules of `placement.rules`, which the runtime follows too.
+Tokens walk by the rules of `placement.rules`, which the runtime follows too. h_0 is a token's home,
+or under `coherent` where `first_owner` says, if the trace foretells its first experts.
 
 Shapes: T tokens, K experts a token, E experts, W ranks, L layers.
 """

@@ -248,8 +248,9 @@ def decode_all(
 def experts_used(definition: Any, weights: Any, prompts: list[list[int]], new_tokens: int) -> float:
     """Different experts a step uses at a layer, on average."""
     recorder = DecodeRecorder(definition)
-    decode_all(make_engine(definition, weights, len(prompts), recorder), prompts, new_tokens)
-    trace = recorder.gather(Ranks(), GPU, source="bench")
+    engine = make_engine(definition, weights, len(prompts), recorder)
+    decode_all(engine, prompts, new_tokens)
+    trace = recorder.gather(Ranks(), GPU, source="bench", foretell=engine.foretell)
     by_step = trace.expert_ids.astype(np.int64)
     step_of_token = trace.positions
     counts = [

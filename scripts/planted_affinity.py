@@ -5,7 +5,9 @@
 The cluster benchmark's random models stand for large ones, so plans should save for them what they
 save for a large model's recorded routing. Each is split by sequence, fitted on one half and measured
 on the other, with the benchmark's caps and effort: rows between the nodes for a token and layer,
-both ways, each node once. Models are made and profiled as in the benchmark. One line of JSON each.
+both ways, each node once, of tokens that start at home; and how many fewer they are where tokens
+start with the experts foretold for them, if the trace has those (a profile does). Models are made
+and profiled as in the benchmark. One line of JSON each.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import math
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,9 @@ from scripts.bench_cluster import (  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from placement.plan import PlacementPlan
+    from placement.traffic import Traffic
 
 MACHINES = ((2, 2), (2, 4))
 STEPS = 17
@@ -84,34 +90,49 @@ def show(title: str, trace: RoutingTrace, cap: float) -> None:
 
 def measure(trace: RoutingTrace, cap: float) -> Iterator[dict[str, Any]]:
     """Rows between nodes on the half that plans were not fitted on."""
-    fit, held_out = trace.split()
+    from_home = replace(trace, foretold_ids=None)
     for nodes, ranks_per_node in MACHINES:
         topology = Topology(num_nodes=nodes, ranks_per_node=ranks_per_node)
-        ranks, layers = topology.num_ranks, trace.num_layers
+        fit, held_out = from_home.split()
         linear = get_strategy("linear")(fit, topology)
         home = count_traffic(held_out, linear, protocol="home")
-        before = home.rows_per_token()["inter_node_dedup"] / layers
-        row = {"nodes": nodes, "ranks_per_node": ranks_per_node, "home_linear": round(before, 3)}
-        row["crossing_linear"] = round(crossing_rate(held_out, linear), 3)
-        for slots in slot_counts(trace.num_experts, ranks):
-            options = PlacementOptions(max_imbalance=cap, effort=EFFORT)
+        before = home.rows_per_token()["inter_node_dedup"] / trace.num_layers
+        row = {
+            "nodes": nodes,
+            "ranks_per_node": ranks_per_node,
+            "home_linear": round(before, 3),
+            "crossing_linear": round(crossing_rate(held_out, linear), 3),
+        }
+        for slots in slot_counts(trace.num_experts, topology.num_ranks):
+            found = {**row, "slots_per_rank": slots}
             try:
-                plan = get_strategy("affinity")(
-                    fit, topology, slots_per_rank=slots, options=options
-                )
+                plan, traffic = place(from_home, topology, slots, cap)
+                rows = traffic.rows_per_token()
+                found |= {
+                    "coherent_affinity": round(rows["inter_node_dedup"] / trace.num_layers, 3),
+                    "change": round(rows["inter_node_dedup"] / trace.num_layers / before - 1, 3),
+                    "imbalance_mean": round(traffic.imbalance()["mean"], 3),
+                    "crossing": round(crossing_rate(held_out, plan), 3),
+                }
+                if trace.foretold_ids is not None:
+                    started = place(trace, topology, slots, cap)[1].rows_per_token()
+                    found["change_by_start"] = {
+                        kind: round(started[kind] / max(rows[kind], 1e-9) - 1, 3)
+                        for kind in ("total", "inter_node_dedup")
+                    }
             except StrategyError as error:
-                yield {**row, "slots_per_rank": slots, "error": str(error)}
-                continue
-            after = count_traffic(held_out, plan)
-            rows = after.rows_per_token()["inter_node_dedup"] / layers
-            yield {
-                **row,
-                "slots_per_rank": slots,
-                "coherent_affinity": round(rows, 3),
-                "change": round(rows / before - 1, 3),
-                "imbalance_mean": round(after.imbalance()["mean"], 3),
-                "crossing": round(crossing_rate(held_out, plan), 3),
-            }
+                found["error"] = str(error)
+            yield found
+
+
+def place(
+    trace: RoutingTrace, topology: Topology, slots: int, cap: float
+) -> tuple[PlacementPlan, Traffic]:
+    """A plan fitted on one half, and what it costs the other."""
+    fit, held_out = trace.split()
+    options = PlacementOptions(max_imbalance=cap, effort=EFFORT)
+    plan = get_strategy("affinity")(fit, topology, slots_per_rank=slots, options=options)
+    return plan, count_traffic(held_out, plan)
 
 
 def slot_counts(experts: int, ranks: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from exflow.models.foretelling import begin_token
 from placement.errors import UserError
 
 if TYPE_CHECKING:
@@ -172,9 +173,14 @@ def _padded(batch: Batch, *, side: Literal["left", "right"]) -> tuple[torch.Tens
     return input_ids, is_text
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Tokens a model has embeddings of."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+
+
 def _begin_token(model: PreTrainedModel) -> int:
-    begin = model.config.get_text_config().bos_token_id
-    return int(begin) if begin is not None else (_end_tokens(model) or [0])[0]
+    bos = model.config.get_text_config().bos_token_id
+    return begin_token(bos, _end_tokens(model), vocabulary_of(model))
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:

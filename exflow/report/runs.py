@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from exflow.report.figures import ModelFigures, Run
 
 GROUPS = {
-    "attention and gate": ("attention", "gate", "sampling"),
+    "attention and gate": ("start", "attention", "gate", "sampling"),
     "experts": ("experts",),
     "dispatch and combine": ("dispatch", "combine"),
     "sharing tokens, K and V": ("share",),

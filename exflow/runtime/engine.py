@@ -205,7 +205,7 @@ class Engine:
                 decoder,
                 prompts=prompts,
                 steps=dispatch,
-                is_coherent=options.protocol == "coherent",
+                is_coherent=routes.has_domains,
             ),
             wire=wire if ranks.num_ranks > 1 else None,
             metrics=self.metrics,
@@ -230,7 +230,7 @@ class Engine:
         self._steps.connect()
 
     def foretell(self, token_ids: NDArray[np.int64]) -> NDArray[np.int16] | None:
-        """(T, K) `RoutingTrace.foretold_ids` of tokens; None where they are always the same."""
+        """(T, K) `RoutingTrace.foretold_ids` of tokens; None if the gate does not tell them apart."""
         return self._opening.foretold(token_ids)
 
     @torch.inference_mode()

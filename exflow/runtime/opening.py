@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from exflow.models.foretelling import begin_token, can_tell_apart, sample_vocabulary
 from exflow.runtime.attention import DecodeAttention
 from exflow.runtime.kv_cache import KvCache
-from placement.rules import first_owner, tells_tokens_apart
+from placement.rules import first_owner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from exflow.models.definition import DecoderDefinition
     from exflow.runtime.attention import Rotary
     from exflow.runtime.decoder import Decoder
     from exflow.runtime.ranks import Ranks
     from exflow.runtime.tables import PlacementTables
 
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 256
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Opening:
         self._node_of_rank: NDArray[np.int64] = tables.node_of_rank.cpu().numpy()
         self._domain_of_rank: NDArray[np.int64] = tables.domain_of_rank.cpu().numpy()
         self._foretold_VK: NDArray[np.int16] | None = None
-        self._tells_nothing = False
+        self._is_blind = False
 
     def prepare(self) -> None:
         """Foretell, each rank for its share of the vocabulary, once; every rank must ask.
@@ -65,31 +65,41 @@ class Opening:
         """
         if self._foretold_VK is not None:
             return
-        embedding = self._decoder.weights.embedding
-        vocabulary = torch.arange(len(embedding), device=embedding.device)
-        share = vocabulary.tensor_split(self._ranks.num_ranks)[self._ranks.rank]
-        mine = foretell(self._decoder, self._rotary, share).to(torch.int16).cpu()
-        parts = self._ranks.gather_arrays(mine.flatten().view(torch.uint8), embedding.device)
+        device = self._decoder.weights.embedding.device
+        shares = np.array_split(np.arange(self._vocabulary), self._ranks.num_ranks)
+        mine = torch.from_numpy(self._foretell(shares[self._ranks.rank]))
+        parts = self._ranks.gather_arrays(mine.flatten().view(torch.uint8), device)
         foretold = torch.cat(parts).view(torch.int16)
-        self._foretold_VK = foretold.view(-1, self._decoder.definition.top_k).numpy()
-        self._tells_nothing = not tells_tokens_apart(self._foretold_VK)
-        if self._tells_nothing and self._ranks.is_first:
+        self._foretold_VK = foretold.view(self._vocabulary, -1).numpy()
+        sample = sample_vocabulary(self._vocabulary)
+        self._is_blind = not can_tell_apart(self._foretold_VK[sample])
+        if self._is_blind and self._ranks.is_first:
             logger.info("tokens start at home: their first experts depend on the context")
 
     def foretold(self, token_ids: NDArray[np.int64]) -> NDArray[np.int16] | None:
-        """(T, K) what the first MoE layer would choose without a context; None if always the same."""
-        if self._tells_nothing:
-            return None
+        """(T, K) `RoutingTrace.foretold_ids`; None where the gate does not tell tokens apart.
+
+        Where nothing was prepared only these tokens are foretold, without the other ranks.
+        """
         if self._foretold_VK is not None:
-            return self._foretold_VK[token_ids]
-        device = self._decoder.weights.embedding.device
+            return None if self._is_blind else self._foretold_VK[token_ids]
+        if not can_tell_apart(self._foretell(sample_vocabulary(self._vocabulary))):
+            return None
         tokens, index = np.unique(token_ids, return_inverse=True)
-        found = foretell(self._decoder, self._rotary, torch.from_numpy(tokens).to(device))
-        return found.to(torch.int16).cpu().numpy()[index]
+        return self._foretell(tokens)[index]
+
+    def _foretell(self, token_ids: NDArray[np.int64]) -> NDArray[np.int16]:
+        device = self._decoder.weights.embedding.device
+        found = foretell(self._decoder, self._rotary, torch.from_numpy(token_ids).to(device))
+        return found.to(torch.int16).cpu().numpy()
+
+    @property
+    def _vocabulary(self) -> int:
+        return len(self._decoder.weights.embedding)
 
     def owners(self, token_ids: Sequence[int], homes: Sequence[int]) -> list[int]:
         """The first owner of each token, from the home of its request."""
-        if self._tells_nothing:
+        if self._is_blind:
             return list(homes)
         assert self._foretold_VK is not None, "not prepared"
         foretold_TK, homes_T = self._foretold_VK[token_ids].astype(np.int64), np.array(homes)
@@ -110,13 +120,6 @@ def foretell(decoder: Decoder, rotary: Rotary, token_ids_T: torch.Tensor) -> tor
     return torch.cat([_foretell(decoder, rotary, part) for part in parts])
 
 
-def begin_token(definition: DecoderDefinition) -> int:
-    """The token that stands before a text: the beginning of one, else the end of another, else 0."""
-    if definition.bos_token_id is not None:
-        return definition.bos_token_id
-    return definition.eos_token_ids[0] if definition.eos_token_ids else 0
-
-
 def _foretell(decoder: Decoder, rotary: Rotary, token_ids_T: torch.Tensor) -> torch.Tensor:
     definition, count = decoder.definition, len(token_ids_T)
     first_moe = definition.moe_layer_ids[0]
@@ -131,19 +134,40 @@ def _foretell(decoder: Decoder, rotary: Rotary, token_ids_T: torch.Tensor) -> to
     )
     slots_T = torch.arange(count, device=token_ids_T.device)
     cache.page_table[:, 0] = slots_T
-    begin_T = torch.full_like(token_ids_T, begin_token(definition))
-    for position, ids_T in enumerate((begin_T, token_ids_T)):
-        attention = DecodeAttention(
-            definition,
-            cache,
-            rotary,
-            positions_S=torch.full_like(slots_T, position),
-            longest=position,
-        )
-        hidden_TD = decoder.embed(ids_T)
-        for layer in range(first_moe):
-            hidden_TD = decoder.attend(layer, hidden_TD, slots_T, attention)
-            hidden_TD = decoder.dense(layer, hidden_TD)
-        hidden_TD = decoder.attend(first_moe, hidden_TD, slots_T, attention)
+    vocabulary = len(decoder.weights.embedding)
+    begin = begin_token(definition.bos_token_id, definition.eos_token_ids, vocabulary)
+    _read_begin(decoder, rotary, cache, torch.full_like(token_ids_T[:1], begin))
+    attention = _attention(decoder, rotary, cache, position=1)
+    hidden_TD = decoder.embed(token_ids_T)
+    for layer in range(first_moe):
+        hidden_TD = decoder.attend(layer, hidden_TD, slots_T, attention)
+        hidden_TD = decoder.dense(layer, hidden_TD)
+    hidden_TD = decoder.attend(first_moe, hidden_TD, slots_T, attention)
     expert_ids_TK, _ = decoder.route(first_moe, decoder.post_norm(first_moe, hidden_TD))
     return expert_ids_TK
+
+
+def _read_begin(decoder: Decoder, rotary: Rotary, cache: KvCache, begin_1: torch.Tensor) -> None:
+    """The keys and values of the token before a text, in slot 0, and from there in every slot."""
+    first_moe = decoder.definition.moe_layer_ids[0]
+    attention = _attention(decoder, rotary, cache, position=0)
+    slots_T = torch.arange(len(cache.page_table), device=begin_1.device)
+    addresses_T = cache.addresses(slots_T, torch.zeros_like(slots_T))
+    hidden_1D = decoder.embed(begin_1)
+    for layer in range(first_moe + 1):
+        hidden_1D = decoder.attend(layer, hidden_1D, slots_T[:1], attention)
+        assert attention.written is not None
+        entry_1F = attention.written[1]
+        cache.write(addresses_T + layer * cache.num_tokens, entry_1F.expand(len(slots_T), -1))
+        if layer < first_moe:
+            hidden_1D = decoder.dense(layer, hidden_1D)
+
+
+def _attention(
+    decoder: Decoder, rotary: Rotary, cache: KvCache, *, position: int
+) -> DecodeAttention:
+    """Of tokens at a position, in every slot."""
+    positions_S = torch.full_like(cache.page_table[:, 0], position)
+    return DecodeAttention(
+        decoder.definition, cache, rotary, positions_S=positions_S, longest=position
+    )

@@ -25,10 +25,6 @@ Foretell: TypeAlias = "Callable[[NDArray[np.int64]], NDArray[np.int16] | None]"
 Scalar = TypeVar("Scalar", np.int64, np.int16, np.float16)
 
 
-def nothing(token_ids: NDArray[np.int64]) -> None:
-    """Nothing is foretold of any token."""
-
-
 class DecodeRecorder:
     """Collects what this rank's gates chose."""
 
@@ -63,7 +59,7 @@ class DecodeRecorder:
         self._step.clear()
 
     def gather(
-        self, ranks: Ranks, device: torch.device, *, source: str, foretell: Foretell = nothing
+        self, ranks: Ranks, device: torch.device, *, source: str, foretell: Foretell
     ) -> RoutingTrace | None:
         """The whole job's trace, in order of request and position; None if nothing was decoded.
 

@@ -130,15 +130,14 @@ class Steps:
         graphs: StepGraphs | None = None,
     ) -> dict[int, int]:
         """One more token of every request in flight, by slot."""
-        metrics = self.metrics["decode"]
-        metrics.resume()
         positions_S = np.zeros(len(cache.page_table), dtype=np.int64)
         requests_S, tokens_S = np.zeros_like(positions_S), np.zeros_like(positions_S)
         for flight in running:
             positions_S[flight.slot] = flight.position
             requests_S[flight.slot] = flight.request.index
             tokens_S[flight.slot] = flight.token_ids[-1]
-        starts = self._starts(running)
+        metrics = self.metrics["decode"]
+        starts = self._starts(running, metrics)
         if self.is_replicated:
             mine = sorted(running, key=lambda flight: flight.home)
         else:
@@ -148,7 +147,6 @@ class Steps:
         token_ids = [flight.token_ids[-1] for flight in mine]
         slots = [flight.slot for flight in mine]
         owned = tuple(np.bincount(starts, minlength=len(self.domain_of_rank)).tolist())
-        metrics.lap("gate")
         metrics.start(owned[self.rank])
         if graphs is not None:
             tokens, logits_TV = graphs.run(token_ids, slots, positions_S, owned, metrics)
@@ -269,12 +267,15 @@ class Steps:
         metrics.lap("share")
         return token_of_slot
 
-    def _starts(self, flights: Sequence[Flight]) -> list[int]:
+    def _starts(self, flights: Sequence[Flight], metrics: PhaseMetrics) -> list[int]:
         """The rank where each request's token starts a decode step."""
         homes = [flight.home for flight in flights]
         if self.opening is None:
             return homes
-        return self.opening.owners([flight.token_ids[-1] for flight in flights], homes)
+        metrics.resume()
+        starts = self.opening.owners([flight.token_ids[-1] for flight in flights], homes)
+        metrics.lap("start")
+        return starts
 
     def _by_home(self, flights: Sequence[Flight], counts: Sequence[int]) -> tuple[int, ...]:
         """Tokens that start on each rank."""

@@ -218,7 +218,9 @@ def _write_plan(
     traffic = count_traffic(trace, plan, **setting)
     sent = rows_by_kind(trace, plan, backend=options.backend, traffic=traffic, **setting)
     home = traffic if options.protocol == "home" else count_traffic(trace, plan, protocol="home")
-    predicted = {**setting, **_figures(traffic), "sent": sent, "home": _figures(home)}
+    start = "home" if trace.foretold_ids is None or options.protocol == "home" else "foretold"
+    predicted = {**setting, "start": start, **_figures(traffic)}
+    predicted |= {"sent": sent, "home": _figures(home)}
     fullest = max(len(experts) for ranks in plan.slots for experts in ranks)
     bound = lower_bound(trace, topology, slots_per_rank=fullest, **setting)
     summary = bound.summary(traffic.rows_per_token()["total"])

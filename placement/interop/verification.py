@@ -58,7 +58,8 @@ def compare(
         protocol: "home" or "coherent".
 
     Raises:
-        RecordError: if nothing was predicted.
+        RecordError: if nothing was predicted, or for tokens that start where the recording cannot
+            tell.
     """
     of_protocol = next((known for known in PROTOCOLS if known == protocol), None)
     if of_protocol is None:
@@ -73,6 +74,13 @@ def compare(
         predicted = _figures(count_traffic(expected, plan, protocol=of_protocol))
     else:
         predicted = _predictions(plan.predicted, protocol)
+        if recorded.foretold_ids is None and _start(plan.predicted, protocol) == "foretold":
+            msg = (
+                "the plan's rows are of tokens that start where their first experts are foretold "
+                "to be, which the recording does not say; give --expected, the trace the plan was "
+                "made from"
+            )
+            raise RecordError(msg)
     names = [name for name in measured if name in predicted]
     if not names:
         msg = (
@@ -88,6 +96,11 @@ def _figures(traffic: Traffic) -> dict[str, float]:
     balance = {f"imbalance {name}": value for name, value in traffic.imbalance().items()}
     share = traffic.load.sum(axis=0) / max(1, int(traffic.load.sum()))
     return {**rows, **balance, "busiest rank's share": float(share.max())}
+
+
+def _start(predicted: Mapping[str, Any], protocol: str) -> Any:
+    """Where tokens start whose figures a plan carries under a protocol."""
+    return predicted.get("start") if predicted.get("protocol") == protocol else "home"
 
 
 def _predictions(predicted: Mapping[str, Any], protocol: str) -> dict[str, float]:

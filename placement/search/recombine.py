@@ -79,7 +79,7 @@ def weigh(tokens: Tokens, machine: Machine, flows: Sequence[Flow]) -> Chains:
     renamed = np.tile(np.arange(width), (layers, count, count, 1))
     cost = np.stack([flow.cost @ tokens.weight.astype(np.float64) for flow in flows]) / weight
     for layer, after, before in np.ndindex(layers, count, count):
-        if layer == 0 and after != before:
+        if layer == 0 and (after != before or len(tokens.foretold_ids)):
             continue
         by_rank = np.zeros((width, width))
         by_node = np.zeros((len(machine.ranks_of_node),) * 2)
@@ -89,7 +89,7 @@ def weigh(tokens: Tokens, machine: Machine, flows: Sequence[Flow]) -> Chains:
         if after == before:
             cost[after, layer] += by_rank.trace() + by_node.trace()
         saved[layer, before, after], renamed[layer, before, after] = rename(by_rank, by_node)
-    saved[0] = 0.0  # where tokens start does not depend on the layout
+    saved[0] = 0.0  # from home tokens start where they do, and save there by chance
     uneven = np.stack([imbalance_of(flow.load) for flow in flows])
     return Chains(np.asarray(cost, dtype=np.float64), uneven, saved, renamed)
 

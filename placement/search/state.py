@@ -237,12 +237,9 @@ def _users(
     start = np.zeros((layers, num_experts + 1), dtype=np.int64)
     users = np.zeros((layers, tokens * top_k * (1 + len(foretold_ids))), dtype=np.int32)
     for layer in range(layers):
-        used = ids[layer]
-        if layer == 0 and len(foretold_ids):
-            used = np.concatenate([used, foretold_ids[0]], axis=1)
-        token = np.repeat(np.arange(tokens), used.shape[1])
-        pairs = used.ravel().astype(np.int64) * tokens + token
-        pairs = np.unique(pairs) if used is not ids[layer] else np.sort(pairs)
+        used = np.concatenate([ids[layer], *(foretold_ids if layer == 0 else ())], axis=1)
+        pairs = used.astype(np.int64) * tokens + np.arange(tokens)[:, None]
+        pairs = np.unique(pairs)
         users[layer, : len(pairs)] = pairs % tokens
         start[layer, 1:] = np.cumsum(np.bincount(pairs // tokens, minlength=num_experts))
     return start, users

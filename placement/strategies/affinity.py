@@ -167,6 +167,8 @@ def _start(
     # Where load is to be as even as it can be, what is left elsewhere is what sequences differ by,
     # and to even out their sum is not enough.
     is_even = (options.mean_imbalance or np.inf) <= EVEN_MEAN
+    if options.domain_size == 1:
+        trace = replace(trace, foretold_ids=None)  # tokens start at home
     tokens = make_tokens(
         trace,
         num_ranks=topology.num_ranks,

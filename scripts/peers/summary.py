@@ -7,7 +7,7 @@ from typing import Any
 
 SUBJECT = "coherent/affinity"
 REPLICAS = "coherent/replicas"
-COMPUTE = ("attention", "gate", "experts", "sampling")
+COMPUTE = ("start", "attention", "gate", "experts", "sampling")
 
 
 def summarise(arms: list[dict[str, Any]], expected: list[list[int]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from decoding import (
     check_logits,
     check_traffic,
+    decode,
     decode_all,
     make_case,
     make_plan,
@@ -17,7 +18,7 @@ from decoding import (
 )
 from harness import run_ranks
 from placement.traffic import count_traffic
-from tiny_checkpoints import qwen3_moe
+from tiny_checkpoints import make_prompts, qwen3_moe
 
 pytestmark = pytest.mark.distributed
 
@@ -51,6 +52,26 @@ def test_tokens_logits_and_every_link_s_rows_are_right(model, kind):
         saved += traffic.inter_node - crossed
         check_flat(model, results[0], case, traffic)
     assert (saved > 0) == (kind != "copies")  # whose copies leave one rank a node to choose
+
+
+def test_sampling_in_domains_of_one_rank_is_that_of_home(model):
+    """Texts end at different times, so slots are used again and not in order."""
+    plan = make_plan(model.definition, 4, "random")
+    stops = tuple(range(0, 128, 4))
+    sampling = {"temperature": 0.9, "max_tokens": 12, "stop_token_ids": stops, "batch_size": 8}
+    cases = [make_case(plan, *protocol, **sampling) for protocol in (("home",), ("coherent", 1))]
+    cases = [
+        replace(case, options=replace(case.options, dispatch="hierarchical")) for case in cases
+    ]
+    prompts = make_prompts([3 + number % 5 for number in range(40)])
+    home, coherent = run_ranks(4, decode_prompts, model, cases, prompts)[0]
+    assert len({len(tokens) for tokens in home.tokens}) > 3
+    assert coherent.tokens == home.tokens
+    assert coherent.decode["rows"] == home.decode["rows"]
+
+
+def decode_prompts(model, cases, prompts):
+    return [decode(model, case, prompts) for case in cases]
 
 
 def check_flat(model, result, case, traffic):

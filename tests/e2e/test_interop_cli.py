@@ -4,6 +4,7 @@ import base64
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,3 +143,20 @@ def test_a_placed_plan_is_verified_by_its_own_predictions(folder):
     for protocol in ("home", "coherent"):
         said = run("verify", placed, trace, "--protocol", protocol)
         assert "rows/token total" in said.stdout
+
+
+def test_a_recording_that_foretells_nothing_is_not_held_against_foretold_starts(folder):
+    trace, foretold = folder / "p.safetensors", folder / "f.safetensors"
+    placed = folder / "placed.json"
+    config = folder / "config.json"
+    run("import", "--from", "sglang", folder / "r.jsonl", "--config", config, "-o", trace)
+    recorded = RoutingTrace.load(trace)
+    replace(recorded, foretold_ids=recorded.expert_ids[:, 0]).save(foretold)
+    run("place", foretold, "--no-compare", "-o", placed)
+    run("verify", placed, foretold, "--protocol", "coherent")
+    run("verify", placed, trace, "--protocol", "home")
+    said = run("verify", placed, trace, "--protocol", "coherent", code=2)
+    assert "give --expected" in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+    said = run("verify", placed, trace, "--protocol", "coherent", "--expected", foretold)
+    assert said.stdout.count("1.000") >= 5, "both are counted from home"

@@ -138,8 +138,9 @@ def test_a_text_ends_at_its_end_token(tiny, tmp_path):
 def test_the_recorded_trace_has_every_decoded_token_once(tiny):
     definition = define_model(tiny)
     recorder = DecodeRecorder(definition)
-    tokens = generate(make_engine(tiny, recorder=recorder))
-    trace = recorder.gather(Ranks(), CPU, source="test")
+    engine = make_engine(tiny, recorder=recorder)
+    tokens = generate(engine)
+    trace = recorder.gather(Ranks(), CPU, source="test", foretell=engine.foretell)
     keys = list(zip(trace.sequence_ids.tolist(), trace.positions.tolist(), strict=True))
     expected = [
         (index, len(PROMPTS[index]) + step)

@@ -1,7 +1,5 @@
 """Where tokens start: the experts foretold for them, in every family, and the ranks of those."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -9,12 +7,13 @@ import torch
 import gpt_moe
 from exflow.models.checkpoint import Checkpoint
 from exflow.models.families import define_model
+from exflow.models.foretelling import begin_token
 from exflow.profiling.checkpoint import load_model
 from exflow.profiling.passes import foretell as profiler_foretells
 from exflow.profiling.recorder import RoutingRecorder
 from exflow.runtime.attention import Rotary
 from exflow.runtime.decoder import Decoder
-from exflow.runtime.opening import Opening, begin_token, foretell
+from exflow.runtime.opening import Opening, foretell
 from exflow.runtime.ranks import Ranks
 from exflow.runtime.tables import PlacementTables
 from exflow.runtime.weights import load_weights
@@ -81,14 +80,15 @@ def test_the_family_with_learned_positions_and_every_other_layer_dense(tmp_path)
     assert (foretell(decoder, rotary, tokens)[:, 0] == expected).float().mean() > 0.99
 
 
-def test_the_token_before_a_text_is_its_beginning_or_the_end_of_another(tmp_path):
-    definition = define_model(qwen3_moe(tmp_path / "tiny"))
-    for bos, eos, expected in ((7, (3, 4), 7), (None, (3, 4), 3), (None, (), 0)):
-        changed = replace(definition, bos_token_id=bos, eos_token_ids=eos)
-        assert begin_token(changed) == expected
+def test_the_token_before_a_text_is_its_beginning_or_the_end_of_another():
+    cases = [(7, (3, 4), 7), (None, (3, 4), 3), (None, (), 0), (50256, (60000, 9), 9)]
+    for bos, eos, expected in cases:
+        assert begin_token(bos, eos, 128) == expected
 
 
-def make_opening(decoder, rotary, ranks, rank_of_expert, num_nodes=1, domain=None):
+def make_opening(
+    decoder, rotary, ranks, rank_of_expert, num_nodes=1, domain=None, is_prepared=True
+):
     definition, num_ranks = decoder.definition, max(rank_of_expert) + 1
     plan = PlacementPlan.from_rank_of_expert(
         np.tile(rank_of_expert, (len(definition.moe_layer_ids), 1)),
@@ -101,7 +101,8 @@ def make_opening(decoder, rotary, ranks, rank_of_expert, num_nodes=1, domain=Non
         plan, ranks.rank, top_k=definition.top_k, coherence_domain=domain, device=CPU
     )
     opening = Opening(decoder, rotary, tables, ranks)
-    opening.prepare()
+    if is_prepared:
+        opening.prepare()
     return opening
 
 
@@ -128,9 +129,21 @@ def test_where_the_gate_does_not_tell_tokens_apart_they_start_at_home(tmp_path):
     decoder, rotary = load(qwen3_moe(tmp_path / "tiny", num_experts_per_tok=1))
     decoder.weights.layers[0].router.weight.zero_()  # every gate is tied: one expert for all
     rank_of_expert = np.arange(decoder.definition.num_experts) % 4
-    opening = make_opening(decoder, rotary, Ranks(), rank_of_expert)
-    assert opening.owners([1, 2, 3], [3, 0, 2]) == [3, 0, 2]
+    opening = make_opening(decoder, rotary, Ranks(), rank_of_expert, is_prepared=False)
+    assert opening.foretold(np.array([1, 2])) is None, "as prepared"
+    opening.prepare()
     assert opening.foretold(np.array([1, 2])) is None
+    assert opening.owners([1, 2, 3], [3, 0, 2]) == [3, 0, 2]
+
+
+def test_some_tokens_are_foretold_as_the_whole_vocabulary_is(tmp_path):
+    decoder, rotary = load(qwen3_moe(tmp_path / "tiny"))
+    rank_of_expert = np.arange(decoder.definition.num_experts) % 2
+    opening = make_opening(decoder, rotary, Ranks(), rank_of_expert, is_prepared=False)
+    tokens = np.array([9, 3, 9, 100])
+    alone = opening.foretold(tokens)
+    opening.prepare()
+    assert np.array_equal(alone, opening.foretold(tokens))
 
 
 @pytest.mark.distributed

@@ -22,6 +22,7 @@ from placement.search.state import (
     token_order,
 )
 from placement.search.walk import total_cost
+from placement.strategies import PlacementOptions, get_strategy
 from placement.timing import rows_by_kind, unit_of
 from placement.topology import Topology
 from placement.trace import RoutingTrace
@@ -325,3 +326,13 @@ def trace_of_topics(seed):
         model="topics",
         layer_ids=(0, 1, 2),
     )
+
+
+def test_a_plan_for_home_does_not_depend_on_what_is_foretold():
+    trace = planted_trace(tokens=300, experts=8, top_k=2, topics=4)
+    options = PlacementOptions(effort=0.2, protocol="home")
+    topology = Topology(num_nodes=1, ranks_per_node=4)
+    plans = [
+        get_strategy("affinity")(t, topology, options=options) for t in (trace, foretelling(trace))
+    ]
+    assert plans[0] == plans[1]
