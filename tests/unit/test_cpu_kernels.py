@@ -74,6 +74,7 @@ def define(heads, windows=(None, None)):
         dense_size=4,
         tie_word_embeddings=True,
         eos_token_ids=(0,),
+        bos_token_id=None,
     )
 
 
