@@ -118,6 +118,7 @@ class _Group:
             timeout=timedelta(seconds=self.timeout),
         )
         yield
+        dist.barrier()  # gloo fails where a peer leaves while others are still connecting to it
         dist.destroy_process_group()
 
 
