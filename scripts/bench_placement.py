@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from placement_scale import SCALES, measure_growth, measure_scale
 
 from placement.bounds import lower_bound
@@ -36,7 +37,7 @@ MACHINES = ((1, 4), (1, 8), (2, 2), (2, 4))
 CAPS = {"gptoss20b_decode": {4: 1.10, 8: 1.15}}
 DEFAULT_CAP = 1.15
 MEAN_SHARES = (1.0, 0.85, 0.7)
-HALVINGS, EVENEST = 8, 1.005
+HALVINGS, EVENEST, FOLDS = 8, 1.005, 10
 FRONTIER = (1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 
 
@@ -247,13 +248,7 @@ def crossing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
         bound = lower_bound(fit, topology, slots_per_rank=slots).rows_per_token
         for strategy in ("linear", "exflow_milp", "affinity"):
             start = time.perf_counter()
-            options = PlacementOptions(
-                seed=args.seed,
-                max_imbalance=float("inf"),
-                effort=args.effort,
-                time_limit=None if strategy == "affinity" else args.milp_seconds,
-            )
-            plan = get_strategy(strategy)(fit, topology, options=options)
+            plan = get_strategy(strategy)(fit, topology, options=without_cap(strategy, args))
             yield {
                 "trace": name,
                 "ranks": ranks,
@@ -263,6 +258,46 @@ def crossing(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
                 "crossing_bound_fit": round(bound / (trace.num_layers - 1), 4),
                 "seconds": round(time.perf_counter() - start, 1),
             }
+
+
+def folds(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
+    """The paper's metric on every sequence, by plans of the nine tenths it is not in."""
+    top1 = trace.top1()
+    sequences = np.unique(top1.sequence_ids)
+    np.random.default_rng(args.seed).shuffle(sequences)
+    tenths = [np.isin(top1.sequence_ids, part) for part in np.array_split(sequences, FOLDS)]
+    for ranks in (4, 8):
+        topology = Topology(num_nodes=1, ranks_per_node=ranks)
+        for strategy in ("linear", "affinity"):
+            start = time.perf_counter()
+            fitted, held_out = [], []
+            for tenth in tenths:
+                fit = top1.select(~tenth)
+                plan = get_strategy(strategy)(fit, topology, options=without_cap(strategy, args))
+                fitted.append(crossing_rate(fit, plan))
+                held_out.append(crossing_rate(top1.select(tenth), plan))
+            yield {
+                "trace": name,
+                "ranks": ranks,
+                "strategy": strategy,
+                "crossing_fit": round(float(np.mean(fitted)), 4),
+                "crossing_held_out": round(
+                    float(np.average(held_out, weights=[tenth.sum() for tenth in tenths])), 4
+                ),
+                "least": round(min(held_out), 4),
+                "most": round(max(held_out), 4),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+
+
+def without_cap(strategy: str, args: argparse.Namespace) -> PlacementOptions:
+    """No cap on the load; a time limit only for what does not end by itself."""
+    return PlacementOptions(
+        seed=args.seed,
+        max_imbalance=float("inf"),
+        effort=args.effort,
+        time_limit=None if strategy == "affinity" else args.milp_seconds,
+    )
 
 
 def null(trace: RoutingTrace, name: str, args: argparse.Namespace) -> Any:
@@ -326,6 +361,7 @@ PARTS = {
     "halvings": halvings,
     "groups": groups,
     "crossing": crossing,
+    "folds": folds,
     "null": null,
     "shift": shift,
     "homing": homing,

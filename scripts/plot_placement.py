@@ -91,6 +91,7 @@ def shift_table(rows: list[dict[str, Any]]) -> list[str]:
 TABLES = {
     "cells": cell_table,
     "crossing": plain_table,
+    "folds": plain_table,
     "null": plain_table,
     "shift": shift_table,
     "homing": plain_table,

@@ -70,14 +70,12 @@ def nearest_copy(
 
 
 @kernel
-def visit(
+def choose_copies(
     layer: int, token: int, owner: Number, ids: Array, hosts: Array, machine: Machine, choice: Array
-) -> tuple[Number, Number]:
-    """Routes one token at one layer.
+) -> Word:
+    """Fills `choice` (K,) with the rank of each expert (see `choose_ranks`); returns them as a set.
 
-    Fills `choice` (K,) with the rank of each expert (see `choose_ranks`); returns the next owner
-    (see `next_owner`) and what the token's rows cost. Written with few branches: what a token does
-    is hard to predict.
+    Written with few branches: what a token does is hard to predict.
     """
     top_k, node_of_rank = ids.shape[2], machine.node_of_rank
     chosen: Word = np.uint64(0)
@@ -103,21 +101,40 @@ def visit(
         choice[k] = rank
         chosen |= ONE << np.uint64(rank)
         visited |= machine.ranks_of_node[node_of_rank[rank]]
+    return chosen
+
+
+@kernel
+def visit(
+    layer: int, token: int, owner: Number, ids: Array, hosts: Array, machine: Machine, choice: Array
+) -> tuple[Number, Number]:
+    """Routes one token at one layer: fills `choice` (K,) with the rank of each expert.
+
+    Returns the next owner (see `next_owner`) and what the token's rows cost.
+    """
+    chosen = choose_copies(layer, token, owner, ids, hosts, machine, choice)
     looks_ahead = machine.outlook.shape[0] > 0
     best = best_owner(layer, token, owner, ids, machine, choice, looks_ahead)
+    return best, cost_of(chosen, owner, best, machine, choice)
+
+
+@kernel
+def cost_of(chosen: Word, owner: Number, best: Number, machine: Machine, choice: Array) -> Number:
+    """What a token's rows cost from its owner to the chosen ranks and on to its next owner."""
     if machine.unit[0] == EACH_EXPERT:
-        return best, cost_by_expert(machine, choice, owner) + cost_by_expert(machine, choice, best)
+        return cost_by_expert(machine, choice, owner) + cost_by_expert(machine, choice, best)
+    node_of_rank = machine.node_of_rank
     cost = machine.row_cost[0] * rows_between(chosen, owner, best)
     if machine.row_cost[1] > 0.0 and machine.unit[0] == EACH_RANK:
-        far = chosen & ~own_node
+        far = chosen & ~machine.ranks_of_node[node_of_rank[owner]]
         far_of_best = chosen & ~machine.ranks_of_node[node_of_rank[best]]
         cost += machine.row_cost[1] * (count_bits(far) + count_bits(far_of_best))
     elif machine.row_cost[1] > 0.0:
         nodes: Word = np.uint64(0)
-        for k in range(top_k):
-            nodes |= ONE << np.uint64(node_of_rank[choice[k]])
+        for rank in choice:
+            nodes |= ONE << np.uint64(node_of_rank[rank])
         cost += machine.row_cost[1] * rows_between(nodes, node_of_rank[owner], node_of_rank[best])
-    return best, cost
+    return cost
 
 
 @kernel
@@ -173,7 +190,7 @@ def start_of(token: int, tokens: Tokens, machine: Machine, hosts: Array, choice:
     home = np.int64(tokens.home[token])
     if len(tokens.foretold_ids) == 0:
         return home
-    visit(0, token, home, tokens.foretold_ids, hosts, machine, choice)
+    choose_copies(0, token, home, tokens.foretold_ids, hosts, machine, choice)
     return best_owner(0, token, home, tokens.foretold_ids, machine, choice, False)
 
 
