@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from exflow.models.checkpoint import Checkpoint
+from exflow.runtime.agreement import check_same
 from exflow.runtime.decoder import Decoder
 from exflow.runtime.engine import Engine
 from exflow.runtime.metrics import PHASES, PhaseMetrics, join_phases
@@ -60,9 +61,10 @@ class Bench:
                 "comes with its prompt, and only decode steps are measured"
             )
             raise BenchError(msg)
-        if self.repeats < 1:
-            msg = f"--repeats must be at least 1, got {self.repeats}"
-            raise BenchError(msg)
+        for name, count in (("repeats", self.repeats), ("batch-size", self.batch_size)):
+            if count is not None and count < 1:
+                msg = f"--{name} must be at least 1, got {count}"
+                raise BenchError(msg)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +109,13 @@ def run_bench(bench: Bench) -> dict[str, Any]:
         )
         for prompt in prompts
     ]
+    given = {"prompts": requests, "new_tokens": bench.new_tokens, "repeats": bench.repeats}
     with ranks.connected(first.device, timeout=bench.model.timeout) as liveness, liveness.naming():
+        with ranks.agreeing(first.device):
+            checkpoint = Checkpoint(first.folder)
+            for model in prepared.values():
+                given |= model.given(checkpoint)
+        check_same(given, ranks, first.device)
         arms = [
             arm for name, model in prepared.items() for arm in _load(name, model, ranks, engine)
         ]
@@ -157,6 +165,9 @@ def _measure(
                 counts = arm.engine.metrics[phase]
                 arm.engine.metrics[phase] = PhaseMetrics(*counts.rows["dispatch"].shape)
             made = list(arm.engine.generate(requests, short if repeat < 0 else None))
+            if all(done.finish_reason == "refused" for done in made):
+                msg = f"nothing to measure: every prompt was refused, the first: {made[0].reason}"
+                raise BenchError(msg)
             by_rank = ranks.gather(arm.engine.metrics["decode"].to_json(), prepared.device)
             if repeat >= 0:
                 tokens = {done.request.index: list(done.token_ids) for done in made}

@@ -178,9 +178,15 @@ def _parse(content: bytes) -> tuple[str, str]:
     except json.JSONDecodeError as error:
         msg = f"not JSON ({error.msg} at column {error.colno})"
         raise ValueError(msg) from error
+    except RecursionError as error:
+        msg = "nested too deeply"
+        raise ValueError(msg) from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         msg = 'no string "text"'
+        raise ValueError(msg)
+    if not can_encode(text):
+        msg = "the text holds half a surrogate pair"
         raise ValueError(msg)
     meta = record.get("meta")
     subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
@@ -188,6 +194,15 @@ def _parse(content: bytes) -> tuple[str, str]:
         msg = 'no string "meta.pile_set_name"'
         raise ValueError(msg)
     return text, subset
+
+
+def can_encode(text: str) -> bool:
+    """Whether it is text: JSON may name halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_lines(shard: Path) -> Iterator[bytes]:

@@ -12,12 +12,15 @@ Under torchrun every rank runs the same lines with the same prompts, and gets th
 from __future__ import annotations
 
 import contextlib
-import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from exflow.corpus import can_encode
 from exflow.models.checkpoint import Checkpoint
+from exflow.runtime.agreement import check_same
 from exflow.runtime.engine import EngineOptions
 from exflow.runtime.kv_budget import KvBudget
 from exflow.runtime.model import ModelOptions, load_engine, prepare_model, routing_for
@@ -113,10 +116,13 @@ class LLM:
         with contextlib.ExitStack() as stack:
             connection = self.ranks.connected(self._prepared.device, timeout=timeout)
             self._liveness = stack.enter_context(connection)
-            with self._liveness.naming(), self.ranks.agreeing(self._prepared.device):
-                checkpoint = Checkpoint(self._prepared.folder)
-                self._engine = load_engine(self._prepared, checkpoint, self.ranks)
             with self._liveness.naming():
+                with self.ranks.agreeing(self._prepared.device):
+                    checkpoint = Checkpoint(self._prepared.folder)
+                    given = self._prepared.given(checkpoint)
+                check_same(given, self.ranks, self._prepared.device)
+                with self.ranks.agreeing(self._prepared.device):
+                    self._engine = load_engine(self._prepared, checkpoint, self.ranks)
                 self._engine.connect()
             self._liveness.where = lambda: self._engine.step
             self._connection = stack.pop_all()
@@ -156,12 +162,15 @@ class LLM:
             A completion for each prompt, in their order.
 
         Raises:
-            LLMError: parameters do not match the prompts, or prompts differ between ranks.
+            LLMError: parameters do not match the prompts, or a prompt is no text and no tokens of
+                the model.
+            AgreementError: ranks were given different prompts or parameters.
             RankFailureError: another rank died or hangs.
         """
-        requests = self._requests([prompts] if isinstance(prompts, str) else prompts)
-        requests = _with_params(requests, sampling_params)
         with self._liveness.naming():
+            with self.ranks.agreeing(self._prepared.device):
+                requests = self._requests([prompts] if isinstance(prompts, str) else prompts)
+                requests = _with_params(requests, sampling_params)
             return self._complete(requests, on_token, is_shown=show_progress)
 
     def _complete(
@@ -171,7 +180,14 @@ class LLM:
         *,
         is_shown: bool,
     ) -> list[Completion]:
-        self._check_same(requests)
+        check_same(
+            {
+                "prompts": [(request.prompt, request.token_ids) for request in requests],
+                "sampling_params": [request.params for request in requests],
+            },
+            self.ranks,
+            self._prepared.device,
+        )
         made = self._engine.generate(requests, on_token=on_token)
         is_shown = is_shown and self.ranks.is_first
         found = {
@@ -184,22 +200,25 @@ class LLM:
         requests = []
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, str):
+                if not can_encode(prompt):
+                    msg = f"prompt {index} holds half a surrogate pair, which is no text"
+                    raise LLMError(msg)
                 text, ids = prompt, self.tokenizer(prompt, verbose=False)["input_ids"]
             else:
+                _check_tokens(prompt, self._prepared.definition.vocab_size, index)
                 text, ids = self.tokenizer.decode(prompt), prompt
             requests.append(Request(index=index, id=index, prompt=text, token_ids=tuple(ids)))
         return requests
 
-    def _check_same(self, requests: Sequence[Request]) -> None:
-        digest = hashlib.sha256(repr(requests).encode()).hexdigest()
-        digests = self.ranks.gather(digest, self._prepared.device)
-        other = [rank for rank, found in enumerate(digests) if found != digests[0]]
-        if other:
-            msg = (
-                f"ranks {other} were given other prompts or parameters than rank 0; give all "
-                f"ranks the same"
-            )
-            raise LLMError(msg)
+
+def _check_tokens(prompt: Any, vocab_size: int, index: int) -> None:
+    tokens = prompt if isinstance(prompt, Iterable) else [None]
+    if not all(isinstance(token, Integral) and 0 <= int(token) < vocab_size for token in tokens):
+        msg = (
+            f"prompt {index} must be a text or its token ids, whole numbers from 0 to "
+            f"{vocab_size - 1}; got {str(prompt)[:40]}"
+        )
+        raise LLMError(msg)
 
 
 def _budget(kv_cache_tokens: int | None, kv_memory: str | int | None) -> KvBudget:

@@ -134,7 +134,7 @@ def profile(
                 model_name, corpus, output, options, choose_device(device, ranks.local_rank)
             )
             if ranks.is_first:
-                run.parts.open(run.manifest, overwrite=overwrite)
+                run.parts.open(run.manifest, overwrite=overwrite or run.parts.is_empty())
         with ranks.agreeing(here):
             run.parts.open(run.manifest)
             num_batches = _record_share(run, ranks)

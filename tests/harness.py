@@ -221,10 +221,10 @@ def _answer(rank: _Rank) -> tuple[bool, Any]:
 
 def _raise(failures: dict[int, tuple[BaseException | None, str]]) -> None:
     report = RankError("\n".join(f"rank {rank}: {text}" for rank, (_, text) in failures.items()))
-    first = next(iter(failures.values()))[0]
-    if first is None:
+    errors = [error for error, _ in failures.values()]
+    if None in errors:  # a rank that died is why others fail, whoever was read first
         raise report
-    raise first from report
+    raise errors[0] from report
 
 
 def _describe_hang(ranks: list[_Rank], group: _Group) -> str:

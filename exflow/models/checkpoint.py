@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SAMPLE_BYTES = 1 << 16
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -80,6 +83,26 @@ class Checkpoint:
             raise CheckpointError(msg) from error
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
+
+    def fingerprint(self) -> str:
+        """Tells checkpoints apart by the sizes of their shards, and how each begins and ends.
+
+        Raises:
+            CheckpointError: a shard cannot be read.
+        """
+        digest = hashlib.sha256()
+        try:
+            for shard in sorted(set(self._shard_of.values())):
+                with shard.open("rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    digest.update(f"{shard.name} {size} ".encode())
+                    for start in (0, max(0, size - SAMPLE_BYTES)):
+                        file.seek(start)
+                        digest.update(file.read(SAMPLE_BYTES))
+        except OSError as error:
+            msg = f"{error.filename} cannot be read: {error.strerror or error}"
+            raise CheckpointError(msg) from error
+        return digest.hexdigest()
 
     def _read_index(self) -> dict[str, Path]:
         index, single = self.folder / INDEX, self.folder / SINGLE

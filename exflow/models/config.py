@@ -138,10 +138,14 @@ def eos_token_ids(config: Any, folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     found = config.eos_token_id
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            msg = f"{path} cannot be read: {error}"
+            raise CheckpointError(msg) from error
     if found is None:
         return ()
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    return tuple(map(int, found if isinstance(found, list) else [found]))
 
 
 def _head_dim(config: Any) -> int:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from exflow.errors import CheckpointError
 from exflow.models import (
     deepseek_v2,
@@ -56,8 +58,13 @@ def define_model(folder: str | Path, *, name: str | None = None) -> DecoderDefin
     try:
         config = _read_config(path, model_type)
         return FAMILIES[model_type](config, path, name or path.resolve().name)
+    except CheckpointError:
+        raise
     except (AttributeError, KeyError, TypeError) as error:
         msg = f"{path}/config.json lacks what a {model_type} model needs: {error}"
+        raise CheckpointError(msg) from error
+    except (ValueError, StrictDataclassError) as error:
+        msg = f"{path}/config.json is not of a {model_type} model: {' '.join(str(error).split())}"
         raise CheckpointError(msg) from error
 
 
@@ -73,7 +80,7 @@ def _model_type(folder: Path) -> str:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         msg = f"{path} cannot be read as a model's configuration: {error}"
         raise CheckpointError(msg) from error
     return str(config.get("model_type")) if isinstance(config, dict) else "unknown"

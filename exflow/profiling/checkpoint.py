@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,19 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: There is none.
     """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)  # it warns of architectures that it does not know
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         msg = f"{folder} has no tokenizer that can be loaded: {error}"
         raise CheckpointError(msg) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up where there are no files
+        msg = f"{folder} has no tokenizer files (tokenizer.json, ...): copy the model's there"
+        raise CheckpointError(msg)
+    return tokenizer
 
 
 def fingerprint(folder: str) -> list[list[Any]]:

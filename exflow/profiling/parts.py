@@ -67,6 +67,10 @@ class PartsFolder:
             )
             raise PartsError(msg)
 
+    def is_empty(self) -> bool:
+        """Whether no batch is finished."""
+        return not any(self.folder.glob("batch-*"))
+
     def has(self, batch: int) -> bool:
         """Whether a batch is finished."""
         return self._path(batch).is_file() or self._empty_path(batch).is_file()

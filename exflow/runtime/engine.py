@@ -19,6 +19,7 @@ from exflow.runtime.limits import Limits
 from exflow.runtime.metrics import PHASES, PhaseMetrics
 from exflow.runtime.opening import Opening
 from exflow.runtime.requests import NewToken
+from exflow.runtime.sampling import UNSOUND
 from exflow.runtime.scheduler import Scheduler
 from exflow.runtime.sharing import MESSAGE_BYTES, Routes, find_relays
 from exflow.runtime.steps import Steps
@@ -249,7 +250,8 @@ class Engine:
             on_token: called on rank 0 with every new token.
 
         Raises:
-            EngineError: a request has stop strings, and the engine no tokenizer.
+            EngineError: a request has stop strings, and the engine no tokenizer; or the model's
+                logits are no numbers.
         """
         if params is not None:
             requests = [replace(request, params=params) for request in requests]
@@ -289,6 +291,12 @@ class Engine:
     ) -> list[Completion]:
         """Give requests their new tokens, and tell who listens."""
         assert self.scheduler is not None
+        if UNSOUND in token_of_slot.values():
+            msg = (
+                f"logits are NaN or infinite at {self.step}: the checkpoint holds such weights, or "
+                f"{self._embedding.dtype} is too narrow for it; try --dtype float32 or bfloat16"
+            )
+            raise EngineError(msg)
         flights = [flight for flight in self.scheduler.running if flight.slot in token_of_slot]
         completions = self.scheduler.advance(token_of_slot)
         if on_token is not None and self._is_first:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exflow.models.checkpoint import Checkpoint
+from exflow.runtime.agreement import check_same
 from exflow.runtime.completions import CompletionFile, check_writable
 from exflow.runtime.model import ModelOptions, PreparedModel, load_engine, prepare_model
 from exflow.runtime.progress import with_progress
@@ -21,12 +23,16 @@ from exflow.runtime.ranks import Ranks
 from exflow.runtime.recorder import DecodeRecorder
 from exflow.runtime.requests import Completion, Request, SamplingParams
 from exflow.runtime.summary import Clock, summarize
+from placement.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+
+class JobError(UserError):
+    """A job that would destroy what it reads or writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,25 @@ class Job:
     metrics: Path | None = None
     trace: Path | None = None
 
+    def __post_init__(self) -> None:
+        files = {
+            "--prompts": self.prompts,
+            "--plan": self.model.plan if isinstance(self.model.plan, Path) else None,
+            "--routing": self.model.routing,
+            "--links": self.model.links,
+            "--output": self.output,
+            "--metrics": self.metrics,
+            "--record-trace": self.trace,
+        }
+        name_of_path: dict[Path, str] = {}
+        for name, path in files.items():
+            if path is None:
+                continue
+            other = name_of_path.setdefault(path.resolve(), name)
+            if other != name and name in ("--output", "--metrics", "--record-trace"):
+                msg = f"{other} and {name} are the same file, {path}: it would be overwritten"
+                raise JobError(msg)
+
 
 def run_job(job: Job) -> None:
     """Run a job on this process's rank; all ranks of the job do the same.
@@ -59,20 +84,29 @@ def run_job(job: Job) -> None:
     ranks = Ranks.from_environment()
     prepared = prepare_model(job.model, ranks)
     prompts = read_prompts(job.prompts)
+    requests = _make_requests(prepared, prompts, job.sampling)
     with (
         ranks.connected(prepared.device, timeout=job.model.timeout) as liveness,
-        liveness.naming(),
+        liveness.naming(
+            "finished requests are written, start the same command again for the others"
+        ),
         contextlib.ExitStack() as files,
     ):
         clock = Clock()
         recorder = DecodeRecorder(prepared.definition) if job.metrics or job.trace else None
         with ranks.agreeing(prepared.device):
             checkpoint = Checkpoint(prepared.folder)
+            given = prepared.given(checkpoint) | _given(job, requests)
+        check_same(given, ranks, prepared.device)
+        with ranks.agreeing(prepared.device):
             engine = load_engine(prepared, checkpoint, ranks, recorder=recorder)
-            output = files.enter_context(_open_output(job)) if ranks.is_first else None
+            output = files.enter_context(_open_output(job, prompts)) if ranks.is_first else None
         liveness.where = lambda: engine.step
-        finished = ranks.gather(None if output is None else output.finished, prepared.device)[0]
-        requests = _make_requests(prepared, prompts, job.sampling, set(finished))
+        found = ranks.gather(None if output is None else list(output.finished), prepared.device)[0]
+        finished = set(found)
+        requests = [request for request in requests if request.id not in finished]
+        if ranks.is_first:
+            _tell_what_is_left(job, len(requests), len(prompts))
         if requests:
             engine.connect()
         clock.lap("load")
@@ -98,22 +132,39 @@ def run_job(job: Job) -> None:
             _write(job, summary, trace)
 
 
-def _open_output(job: Job) -> CompletionFile:
+def _given(job: Job, requests: list[Request]) -> dict[str, Any]:
+    """What the ranks of a job must have been given alike, besides the model."""
+    return {
+        "prompts": [(request.id, request.token_ids) for request in requests],
+        "metrics": job.metrics is not None,
+        "record-trace": job.trace is not None,
+        **{option.name: getattr(job.sampling, option.name) for option in fields(job.sampling)},
+    }
+
+
+def _open_output(job: Job, prompts: list[Prompt]) -> CompletionFile:
     for path in (job.metrics, job.trace):
         if path is not None:
             check_writable(path)
-    return CompletionFile(job.output)
+    output = CompletionFile(job.output)
+    output.check(prompts)
+    return output
+
+
+def _tell_what_is_left(job: Job, num_left: int, num_prompts: int) -> None:
+    if num_left == num_prompts:
+        return
+    logger.info("%s has %d of %d requests", job.output, num_prompts - num_left, num_prompts)
+    for name, path in (("--metrics", job.metrics), ("--record-trace", job.trace)):
+        if path is not None and num_left == 0:
+            logger.warning("nothing is left to do, so %s is not written to %s", name, path)
+        elif path is not None:
+            logger.warning("%s will be of the other %d requests only", name, num_left)
 
 
 def _make_requests(
-    prepared: PreparedModel,
-    prompts: list[Prompt],
-    params: SamplingParams,
-    finished: set[int | str],
+    prepared: PreparedModel, prompts: list[Prompt], params: SamplingParams
 ) -> list[Request]:
-    waiting = [prompt for prompt in prompts if prompt.id not in finished]
-    if len(waiting) < len(prompts):
-        logger.debug("%d requests are finished already", len(prompts) - len(waiting))
     return [
         Request(
             index=prompt.index,
@@ -122,7 +173,7 @@ def _make_requests(
             token_ids=tuple(prepared.tokenizer(prompt.text, verbose=False)["input_ids"]),
             params=params,
         )
-        for prompt in waiting
+        for prompt in prompts
     ]
 
 
@@ -141,5 +192,7 @@ def _write_down(
 def _write(job: Job, summary: dict[str, Any], trace: Any) -> None:
     if job.metrics is not None:
         job.metrics.write_text(json.dumps(summary) + "\n", encoding="utf-8")
-    if job.trace is not None and trace is not None:
+    if job.trace is not None and trace is None:
+        logger.warning("no decode step was made, so no routing is written to %s", job.trace)
+    elif job.trace is not None:
         trace.save(job.trace)

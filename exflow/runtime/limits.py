@@ -23,6 +23,7 @@ class Limits:
         eos_token_ids: tokens that end a text.
         batch_size: requests in flight, over all ranks.
         num_pages: pages of key-value cache of a coherence domain.
+        max_pages: pages that the user grants; None for as many as are needed.
         prefill_chunk: prompt tokens that a rank reads between two decode steps; None for all.
     """
 
@@ -30,6 +31,7 @@ class Limits:
     eos_token_ids: tuple[int, ...]
     batch_size: int
     num_pages: int
+    max_pages: int | None = None
     prefill_chunk: int | None = None
 
     @classmethod
@@ -52,6 +54,7 @@ class Limits:
             eos_token_ids=definition.eos_token_ids,
             batch_size=batch_size,
             num_pages=wanted if max_pages is None else min(wanted, max_pages),
+            max_pages=max_pages,
             prefill_chunk=prefill_chunk,
         )
 
@@ -70,11 +73,11 @@ class Limits:
             return "the prompt has no tokens"
         if length > self.max_positions:
             return f"the prompt has {length} tokens, the model takes {self.max_positions}"
-        if self.pages(request) > self.num_pages:
+        if self.max_pages is not None and self.pages(request) > self.max_pages:
             return (
                 f"needs {self.pages(request)} pages of {PAGE_SIZE} tokens of KV cache for "
                 f"{length} prompt tokens and {self.new_tokens(request)} new ones, there are "
-                f"{self.num_pages}; grant more KV memory or ask for fewer tokens"
+                f"{self.max_pages}; grant more KV memory or ask for fewer tokens"
             )
         return None
 

@@ -85,8 +85,11 @@ class Liveness:
             self._thread.join(timeout=self._interval)
 
     @contextlib.contextmanager
-    def naming(self) -> Iterator[None]:
+    def naming(self, advice: str = "start it again") -> Iterator[None]:
         """A collective that fails in the block ends it with an error that names the rank.
+
+        Args:
+            advice: what the user should do then.
 
         Raises:
             RankFailureError: which rank is lost, as far as it can be known, and at which step.
@@ -97,7 +100,7 @@ class Liveness:
             self.is_broken = True
             msg = (
                 f"{self._blame()} (noticed at {self.where()}): no rank can go on without it; "
-                f"finished requests are written, start the same command again for the others"
+                f"{advice}"
             )
             raise RankFailureError(msg) from error
 
@@ -136,7 +139,7 @@ class Liveness:
             if silence > self._timeout + GRACE_SECONDS:
                 sys.stderr.write(
                     f"error: {lost} was killed or hangs, silent for {silence:.0f} s; "
-                    f"noticed at {self.where()}; start the same command again to go on\n"
+                    f"noticed at {self.where()}; start the same command again\n"
                 )
                 sys.stderr.flush()
                 os._exit(EXIT_CODE)

@@ -6,7 +6,7 @@ What every rank can check by itself is checked in `prepare_model`, before the ra
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+LONGEST_TIMEOUT = 10**7
 
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,14 @@ class ModelOptions:
         if self.dtype not in ("auto", *DTYPES):
             msg = f"--dtype must be one of auto, {', '.join(DTYPES)}; got {self.dtype!r}"
             raise ModelError(msg)
-        if not self.timeout > 0:
-            msg = f"--timeout must be above 0 seconds, got {self.timeout}"
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            msg = f"--timeout must be above 0 and at most {LONGEST_TIMEOUT} s, got {self.timeout}"
+            raise ModelError(msg)
+        if self.links is not None and self.routing is None:
+            msg = "--links are for --protocol auto, which chooses by them; leave them out"
+            raise ModelError(msg)
+        if self.engine.coherence_domain is not None and self.routing is not None:
+            msg = "--protocol auto chooses the coherence domain; leave --coherence-domain out"
             raise ModelError(msg)
 
 
@@ -104,14 +111,27 @@ class PreparedModel:
     device: torch.device
     dtype: torch.dtype
 
+    def given(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What must be the same on all ranks, for `check_same`; folders may have other names."""
+        plan = self.plan
+        return {
+            "model": (replace(self.definition, name=""), checkpoint.fingerprint()),
+            "plan": (plan.layer_ids, plan.topology, plan.slots, plan.outlook),
+            "dtype": self.dtype,
+            **{option.name: getattr(self.engine, option.name) for option in fields(self.engine)},
+        }
+
 
 def routing_for(protocol: str, routing: Path | None) -> Path | None:
     """The trace by which to choose a protocol; None where the user chose one.
 
     Raises:
-        ModelError: "auto" without a trace.
+        ModelError: "auto" without a trace, or a trace without "auto".
     """
     if protocol != "auto":
+        if routing is not None:
+            msg = f"--routing is for --protocol auto, and the protocol is {protocol}; leave it out"
+            raise ModelError(msg)
         return None
     if routing is None:
         msg = (

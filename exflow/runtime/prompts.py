@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exflow.corpus import can_encode
 from placement.errors import UserError
 
 
@@ -61,7 +62,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 def _parse(line: str, index: int, *, where: str) -> Prompt:
     try:
         fields: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"{where}: not JSON: {error}"
         raise PromptError(msg) from error
     if not isinstance(fields, dict):
@@ -69,6 +70,9 @@ def _parse(line: str, index: int, *, where: str) -> Prompt:
     text, name = fields.get("prompt", fields.get("text")), fields.get("id", index)
     if not isinstance(text, str):
         msg = f'{where}: expected an object with a string "prompt" or "text"'
+        raise PromptError(msg)
+    if not can_encode(text):
+        msg = f"{where}: the prompt holds half a surrogate pair, which is no text"
         raise PromptError(msg)
     if not isinstance(name, (int, str)) or isinstance(name, bool):
         msg = f"{where}: id must be a string or a whole number, got {name!r}"

@@ -120,6 +120,7 @@ class Ranks:
         if device.type == "cpu" and hasattr(os, "SCHED_BATCH"):
             with contextlib.suppress(PermissionError):  # some containers forbid it
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        store: Any = None
         try:
             store, _, _ = next(rendezvous("env://", timeout=timeout))
             beats = PrefixStore("exflow", store.clone())
@@ -131,9 +132,22 @@ class Ranks:
                 timeout=timeout,
             )
         except RuntimeError as error:
-            msg = f"not all {self.num_ranks} ranks came within {timeout}: {error}"
-            raise RankFailureError(msg) from error
+            msg = (
+                f"{self._missing(store)} within {timeout.total_seconds():g} s (--timeout): {error}"
+            )
+            raise RankFailureError(msg.splitlines()[0]) from error
         return beats
+
+    def _missing(self, store: Store | None) -> str:
+        """That ranks did not come and, as far as the store tells, which."""
+        missing: list[int] = []
+        if store is not None:
+            with contextlib.suppress(RuntimeError):
+                places = PrefixStore("gpus", store)
+                missing = [n for n in range(self.num_ranks) if not places.check([str(n)])]
+        if missing:
+            return f"ranks {missing}, which may say why themselves, did not come"
+        return f"not all {self.num_ranks} ranks came"
 
     def _backend(self, store: Store, device: torch.device) -> str:
         """NCCL if every rank has a GPU of its own; all ranks ask, and come to the same.

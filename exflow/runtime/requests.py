@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from placement.errors import UserError
@@ -42,27 +45,45 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple(self.stop)
+        ends = _as_tuple(self.stop_token_ids)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", ends)
         bounds = {
-            "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "max_tokens": self.max_tokens >= 1,
+            "temperature": _is_number(self.temperature) and 0 <= self.temperature < math.inf,
+            "top_k": _is_whole(self.top_k) and self.top_k >= 0,
+            "top_p": _is_number(self.top_p) and 0 < self.top_p <= 1,
+            "seed": _is_whole(self.seed),
+            "max_tokens": _is_whole(self.max_tokens) and self.max_tokens >= 1,
             "stop": all(isinstance(text, str) and text for text in stop),
+            "stop_token_ids": all(map(_is_whole, ends)),
         }
         expected = {
-            "temperature": "at least 0",
-            "top_k": "at least 0 (0 for all)",
+            "temperature": "a number, at least 0",
+            "top_k": "a whole number, at least 0 (0 for all)",
             "top_p": "above 0 and at most 1",
-            "max_tokens": "at least 1",
+            "seed": "a whole number",
+            "max_tokens": "a whole number, at least 1",
             "stop": "strings that are not empty",
+            "stop_token_ids": "whole numbers",
         }
         for name, holds in bounds.items():
             if not holds:
                 msg = f"{name} must be {expected[name]}, got {getattr(self, name)!r}"
                 raise SamplingError(msg)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Its items, or itself as the only one, to be judged."""
+    return tuple(value) if isinstance(value, Iterable) else (value,)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

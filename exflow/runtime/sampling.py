@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from exflow.runtime.requests import SamplingParams
 
+UNSOUND = -1
+
 
 def sample(
     logits_TV: torch.Tensor,
@@ -27,7 +29,7 @@ def sample(
     request_indices: NDArray[np.int64],
     positions: NDArray[np.int64],
 ) -> torch.Tensor:
-    """(T,) the next token of each row.
+    """(T,) the next token of each row; -1 where logits are NaN or infinite.
 
     Args:
         logits_TV: the decoder's output.
@@ -36,14 +38,15 @@ def sample(
         positions: (T,) the position the new token will have.
     """
     tokens_T = likeliest(logits_TV)
+    is_sound_T = logits_TV.gather(1, tokens_T[:, None])[:, 0].isfinite()
     rows = [row for row, own in enumerate(params) if own.temperature > 0]
     if not rows:
-        return tokens_T
+        return tokens_T.where(is_sound_T, UNSOUND)
     chosen = [params[row] for row in rows]
     uniforms = uniform(_seeds(chosen), request_indices[rows], positions[rows])
     rows_N = torch.tensor(rows, device=logits_TV.device)
     tokens_T[rows_N] = _draw(logits_TV[rows_N].float(), chosen, uniforms)
-    return tokens_T
+    return tokens_T.where(is_sound_T, UNSOUND)
 
 
 def likeliest(logits_TV: torch.Tensor) -> torch.Tensor:
@@ -63,7 +66,7 @@ def _draw(
 
     vocab_size = logits_NV.shape[-1]
     temperature_N1 = column([own.temperature for own in params], torch.float32)
-    top_k_N1 = column([own.top_k or vocab_size for own in params], torch.int64)
+    top_k_N1 = column([min(own.top_k or vocab_size, vocab_size) for own in params], torch.int64)
     top_p_N1 = column([own.top_p for own in params], torch.float32)
     top_NV, order_NV = (logits_NV / temperature_N1).sort(dim=-1, descending=True, stable=True)
     ranks_V = torch.arange(vocab_size, device=logits_NV.device)

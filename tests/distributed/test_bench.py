@@ -1,6 +1,7 @@
 """`exflow bench` on two ranks: all arms decode the same tokens, and rows are those of the plan."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,15 @@ def test_all_arms_are_measured_alike_on_every_rank(bench):
     assert "coherent/plan" in format_table(first)
 
 
+def test_prompts_that_are_all_refused_measure_nothing(bench, tmp_path):
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text(json.dumps({"prompt": "x" * 1000}) + "\n")
+    with pytest.raises(BenchError, match="every prompt was refused, the first: the prompt has 1000"):
+        run_bench(replace(bench, prompts=prompts, model=replace(bench.model, plan=None)))
+
+
 def test_a_measurement_without_decode_steps_is_refused(bench):
+    with pytest.raises(BenchError, match="--batch-size must be at least 1"):
+        replace(bench, batch_size=0)
     with pytest.raises(BenchError, match="--new-tokens must be at least 2"):
         Bench(model=bench.model, prompts=bench.prompts, new_tokens=1)

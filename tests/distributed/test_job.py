@@ -1,6 +1,8 @@
 """`exflow run` on two ranks: resuming, and mistakes that every rank reports without hanging."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,19 @@ LINES = [
     {"id": 17, "text": "x" * 300},
     {"prompt": "2 + 2 ="},
 ]
+
+FINISHED = (
+    json.dumps(
+        {
+            "id": "a",
+            "prompt": "The quick brown fox",
+            "text": "",
+            "token_ids": [1],
+            "finish_reason": "length",
+        }
+    )
+    + "\n"
+)
 
 PLAN = {
     "format": "exflow.plan/1",
@@ -111,9 +126,9 @@ def test_a_job_writes_completions_metrics_and_a_trace(job, tmp_path):
     job.output.write_text("".join(first) + '{"id": "a", "pro')
     assert run_ranks(2, try_jobs, [job]) == [[None]] * 2
     assert sorted(job.output.read_text().splitlines()) == sorted(whole.splitlines())
-    skipped = {json.loads(line)["id"] for line in first}
+    skipped = {json.loads(line)["id"] for line in first} - {17}  # what was refused is tried again
     metrics = json.loads(job.metrics.read_text())
-    assert metrics["requests"]["skipped"] == 2
+    assert metrics["requests"]["skipped"] == len(skipped)
     assert metrics["requests"]["finished"] == len({"a", 1, 3} - skipped)
 
 
@@ -151,15 +166,122 @@ def test_every_mistake_is_reported_on_every_rank(job, model, tmp_path):
         "the KV memory holds no page": {"engine": EngineOptions(kv_budget=KvBudget(tokens=15))},
         "cannot be written": {"output": blocked / "completions.jsonl"},
         "not a completion": {"output": write("else.jsonl", "[1]\n")},
+        "line 2: not a completion": {
+            "output": write("other.jsonl", FINISHED + '{"prompt": "a"}\n')
+        },
+        "of another prompt with the id 'a'": {
+            "output": write("same-ids.jsonl", FINISHED.replace("quick", "slow"))
+        },
+        "half a surrogate pair": {"prompts": write("half.jsonl", '{"prompt": "\\ud800"}\n')},
+        "has no tokenizer files": {"model": str(without_tokenizer(model, tmp_path / "tiny"))},
+        "not of a qwen3_moe model": {
+            "model": str(configured(model, tmp_path / "odd", num_hidden_layers="two"))
+        },
         "no model": {"model": "nowhere"},
         "no config.json": {"model": str(tmp_path)},
     }
     jobs = [job(**changes) for changes in mistakes.values()]
+    files = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     outcomes = run_ranks(2, try_jobs, jobs)
     for rank, outcome in enumerate(outcomes):
         for expected, found in zip(mistakes, outcome, strict=True):
             assert found is not None, f"rank {rank} did not notice: {expected}"
             assert expected in found[1]
+    assert files == {path: path.read_bytes() for path in files}
+
+
+def copied(model, folder):
+    shutil.copytree(model, folder)
+    return folder
+
+
+def without_tokenizer(model, folder):
+    for path in copied(model, folder).glob("*token*"):
+        path.unlink()
+    return folder
+
+
+def configured(model, folder, **changes):
+    path = copied(model, folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def scaled(model, folder, factor):
+    """The same model with other weights: the experts' times a factor."""
+    path = copied(model, folder) / "model.safetensors"
+    tensors = load_file(path)
+    save_file({n: t * factor if ".experts." in n else t for n, t in tensors.items()}, path)
+    return folder
+
+
+def try_own(jobs_by_rank):
+    """What jobs end with where each rank has one of its own."""
+    return try_job(jobs_by_rank[int(os.environ["RANK"])])
+
+
+@pytest.mark.parametrize(
+    "difference",
+    ["plan", "weights", "prompts", "max_tokens", "temperature", "batch_size", "protocol", "dtype",
+     "metrics"],
+)  # fmt: skip
+def test_ranks_that_were_given_different_things_say_so(difference, job, model, tmp_path):
+    shuffled = tmp_path / "shuffled.json"
+    shuffled.write_text(json.dumps(PLAN | {"slots": [[[0, 1, 2, 7], [4, 5, 6, 3]]] * 2}))
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text(json.dumps(LINES[0]) + "\n")
+    changes, named = {
+        "plan": ({"plan": shuffled}, "plan"),
+        "weights": ({"model": str(scaled(model, tmp_path / "tiny", 2))}, "model"),
+        "prompts": ({"prompts": shorter}, "prompts"),
+        "max_tokens": ({"sampling": SamplingParams(max_tokens=3)}, "max_tokens"),
+        "temperature": ({"sampling": SamplingParams(max_tokens=4, temperature=1)}, "temperature"),
+        "batch_size": ({"engine": EngineOptions(batch_size=2)}, "batch_size"),
+        "protocol": ({"engine": EngineOptions(protocol="home")}, "protocol"),
+        "dtype": ({"dtype": "bfloat16"}, "dtype"),
+        "metrics": ({"metrics": tmp_path / "metrics.json"}, "metrics"),
+    }[difference]
+    outcomes = run_ranks(2, try_own, [job(), job(**changes)])
+    for outcome in outcomes:
+        assert outcome is not None
+        assert outcome[0] == "AgreementError"
+        assert f"rank 1 was not given the same {named} as rank 0" in outcome[1]
+    assert not job().output.exists()
+
+
+def test_a_copy_of_the_model_in_another_folder_is_the_same_model(job, model, tmp_path):
+    copy = copied(model, tmp_path / "other-name")
+    assert run_ranks(2, try_own, [job(), job(model=str(copy))]) == [None, None]
+
+
+def test_more_memory_lets_a_refused_request_run(job):
+    tight = job(
+        engine=EngineOptions(kv_budget=KvBudget(tokens=32)), sampling=SamplingParams(max_tokens=40)
+    )
+    assert run_ranks(1, try_jobs, [tight]) == [[None]]
+    refused = {line["id"]: line["reason"] for line in read(tight.output)}
+    assert "there are 2; grant more" in refused["a"]
+    assert len(refused) == len(LINES)
+    assert run_ranks(1, try_jobs, [job()]) == [[None]]
+    again = {line["id"]: line["finish_reason"] for line in read(tight.output)}
+    assert again == {"a": "length", 1: "length", 17: "refused", 3: "length"}
+    assert len(read(tight.output)) == len(LINES)
+
+
+def test_weights_that_are_no_numbers_end_the_run_on_every_rank(job, model, tmp_path):
+    broken = job(model=str(scaled(model, tmp_path / "tiny", float("nan"))))
+    for outcome in run_ranks(2, try_jobs, [broken]):
+        assert outcome[0][0] == "EngineError"
+        assert "logits are NaN or infinite at prefill step 1" in outcome[0][1]
+
+
+@pytest.mark.parametrize(
+    "names", [("prompts", "output"), ("output", "metrics"), ("metrics", "trace")]
+)
+def test_no_file_is_written_over_another_of_the_job(names, job, tmp_path):
+    path = tmp_path / "one.jsonl"
+    with pytest.raises(ValueError, match="are the same file"):
+        job(**dict.fromkeys(names, path))
 
 
 def test_auto_takes_the_cheapest_protocol_on_every_rank_and_never_changes_tokens(job, tmp_path):
@@ -224,6 +346,8 @@ def test_auto_needs_a_trace():
     with pytest.raises(ValueError, match="give --routing TRACE"):
         routing_for("auto", None)
     assert routing_for("home", None) is None
+    with pytest.raises(ValueError, match="leave it out"):
+        routing_for("home", Path("trace.safetensors"))
 
 
 def test_a_shard_that_only_one_rank_reads_and_cannot(job, model, tmp_path):

@@ -47,4 +47,4 @@ def test_two_ranks_complete_as_one_does(folder):
     assert first[0] == second[0] == alone
     assert (first[1], second[1]) == (told, 0)
     assert first[2] == second[2]
-    assert "ranks [1] were given other prompts" in first[2]
+    assert "rank 1 was not given the same prompts as rank 0" in first[2]

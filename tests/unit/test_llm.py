@@ -42,6 +42,12 @@ def test_token_ids_are_prompts_too_and_one_text_is_one_prompt(llm):
     assert ids.request.prompt == PROMPTS[0]
 
 
+@pytest.mark.parametrize("prompt", ["\ud800", [5, 256], [-1], [0.5], 7])
+def test_what_is_no_prompt_is_refused_by_its_number(llm, prompt):
+    with pytest.raises(ValueError, match="prompt 1 "):
+        llm.generate(["One", prompt])
+
+
 def test_mixed_parameters_give_what_each_gives_alone(llm):
     params = [
         SamplingParams(max_tokens=8),

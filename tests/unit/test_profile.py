@@ -343,6 +343,13 @@ def test_overwriting_drops_the_parts_of_another_run(checkpoint, corpus, tmp_path
     assert profile(checkpoint, [corpus], output, options=options, overwrite=True)
 
 
+def test_a_run_that_finished_no_batch_does_not_bind_the_next(checkpoint, corpus, tmp_path):
+    output = tmp_path / "trace.safetensors"
+    with pytest.raises(CorpusError, match="no document of the subsets C"):
+        profile(checkpoint, [corpus], output, options=ProfileOptions(subsets=("C",)))
+    assert profile(checkpoint, [corpus], output, options=ProfileOptions()).num_sequences == 19
+
+
 def test_mistakes_are_named(checkpoint, corpus, tmp_path):
     output = tmp_path / "trace.safetensors"
     with pytest.raises(ProfileError, match="mode must be one of teacher-forced, decode"):

@@ -20,6 +20,15 @@ def draw(logits, params, *, count=1, first_position=0, request=0):
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
 
 
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_give_no_token(params, value):
+    logits = LOGITS.clone()
+    logits[0, 2] = value
+    assert draw(logits, params).tolist() == [-1]
+    assert draw(torch.full((1, 4), float("-inf")), SamplingParams()).tolist() == [-1]
+
+
 def test_temperature_zero_takes_the_likeliest():
     assert draw(LOGITS, SamplingParams()).tolist() == [1]
 
@@ -116,7 +125,21 @@ def test_rows_with_different_parameters_get_what_each_gets_alone():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": 0}, {"stop": [""]}],
+    [
+        {"temperature": -1.0},
+        {"temperature": float("inf")},
+        {"temperature": "hot"},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"seed": None},
+        {"max_tokens": 0},
+        {"max_tokens": 2.5},
+        {"max_tokens": "5"},
+        {"stop": [""]},
+        {"stop": 5},
+        {"stop_token_ids": ["a"]},
+    ],
 )
 def test_parameters_out_of_range_are_named(wrong):
     with pytest.raises(SamplingError, match=next(iter(wrong))):

@@ -74,7 +74,7 @@ def test_a_request_ends_where_the_model_s_positions_do():
     [
         (0, {}, "no tokens"),
         (101, {}, "101 tokens, the model takes 100"),
-        (40, {"num_pages": 2}, "needs 3 pages of 16 tokens of KV cache for 40 prompt"),
+        (40, {"max_pages": 2}, "needs 3 pages of 16 tokens of KV cache for 40 prompt"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused_and_the_others_go_on(length, limits, reason):
