@@ -22,9 +22,9 @@ import torch
 
 from exflow.profiling.checkpoint import choose_device
 from exflow.runtime.collectives import all_to_all
-from exflow.runtime.completions import check_writable
 from exflow.runtime.ranks import Ranks
 from placement.errors import UserError
+from placement.output import check_writable, replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,7 +109,8 @@ def measure_links(
                 check_writable(output)
         fits = measure(ranks, computes_on)
     if ranks.is_first and output is not None:
-        output.write_text(json.dumps(to_links(fits), indent=1) + "\n", encoding="utf-8")
+        with replacing(output) as partial:
+            partial.write_text(json.dumps(to_links(fits), indent=1) + "\n", encoding="utf-8")
     return fits
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 from typing import TYPE_CHECKING, Any
 
 from exflow.record import Prompt, ServerError
+from placement.json_text import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ def _prompt(path: Path, number: int, line: str, max_characters: int) -> Prompt:
     if path.suffix == ".txt":
         return Prompt(name=name, text=line.strip()[:max_characters])
     try:
-        data: Any = json.loads(line)
+        data: Any = parse_json(line)
         text = data.get("prompt", data.get("text"))
         meta = data.get("meta") or {}
         if not isinstance(text, str) or not text:

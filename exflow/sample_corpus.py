@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import zstandard
 
 from placement.errors import UserError
+from placement.output import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -103,8 +104,8 @@ def write_sample_corpus(folder: str | Path, *, seed: int = 0) -> SampleCorpus:
 
 
 def _write_shard(path: Path, samples: list[_Sample]) -> None:
-    partial = path.with_name(path.name + ".partial")
     with (
+        replacing(path) as partial,
         partial.open("wb") as file,
         zstandard.ZstdCompressor(level=3).stream_writer(file) as writer,
         io.TextIOWrapper(writer, encoding="utf-8") as lines,
@@ -112,7 +113,6 @@ def _write_shard(path: Path, samples: list[_Sample]) -> None:
         for sample in samples:
             meta = {"pile_set_name": sample.subset, "origin": sample.origin}
             lines.write(json.dumps({"text": sample.text, "meta": meta}) + "\n")
-    partial.replace(path)
 
 
 def _topics() -> Iterator[_Sample]:

@@ -25,15 +25,14 @@ def compare_plans(
         expert_bytes: bytes of one expert's weights; without it bytes are None.
 
     Raises:
-        ComparisonError: if the plans differ in layers, experts or ranks.
+        ComparisonError: if the plans differ in model, layers, experts or ranks.
     """
-    for name in ("num_experts", "layer_ids", "num_ranks"):
-        if getattr(old, name) != getattr(new, name):
-            msg = (
-                f"the plans differ in {name}: {getattr(old, name)} and {getattr(new, name)}; "
-                f"compare plans for the same model and number of ranks"
-            )
-            raise ComparisonError(msg)
+    difference = old.identity.difference(new.identity, names=("the old plan", "the new one"))
+    if difference is None and old.num_ranks != new.num_ranks:
+        difference = f"num_ranks is {old.num_ranks} in the old plan, {new.num_ranks} in the new one"
+    if difference is not None:
+        msg = f"{difference}; compare plans for the same model and number of ranks"
+        raise ComparisonError(msg)
     before, after = old.hosts(), new.hosts()
     loaded, dropped = after & ~before, before & ~after
     by_rank = loaded.sum(axis=(0, 1))

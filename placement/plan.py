@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from placement.errors import UserError
-from placement.topology import Topology, TopologyError
+from placement.identity import ModelIdentity
+from placement.json_text import parse_json
+from placement.output import replacing
+from placement.topology import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,6 +73,9 @@ class PlacementPlan:
         if not self.layer_ids or len(self.slots) != len(self.layer_ids):
             msg = f"the plan names {len(self.layer_ids)} layers and places {len(self.slots)}"
             raise PlanError(msg)
+        if self.num_experts < 1:
+            msg = f"num_experts must be at least 1, got {self.num_experts}"
+            raise PlanError(msg)
         for layer, ranks in zip(self.layer_ids, self.slots, strict=True):
             self._check_layer(layer, ranks)
         self._check_outlook()
@@ -96,14 +103,21 @@ class PlacementPlan:
                 msg = f"layer {layer}, rank {rank} lists an expert twice: {list(experts)}"
                 raise PlanError(msg)
         placed = {expert for experts in ranks for expert in experts}
-        unknown = sorted(placed - set(range(self.num_experts)))
+        unknown = sorted(expert for expert in placed if not 0 <= expert < self.num_experts)
         if unknown:
             msg = f"layer {layer} places unknown experts {unknown[:8]} of {self.num_experts}"
             raise PlanError(msg)
-        missing = sorted(set(range(self.num_experts)) - placed)
+        missing = list(islice((e for e in range(self.num_experts) if e not in placed), 8))
         if missing:
-            msg = f"layer {layer} places no copy of experts {missing[:8]}"
+            msg = f"layer {layer} places no copy of experts {missing}"
             raise PlanError(msg)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model it is for."""
+        return ModelIdentity(
+            model=self.model, num_experts=self.num_experts, layer_ids=self.layer_ids
+        )
 
     @property
     def num_layers(self) -> int:
@@ -145,17 +159,13 @@ class PlacementPlan:
         Raises:
             PlanError: naming what the plan is for, what came, and what to do.
         """
-        if self.num_experts != num_experts or self.layer_ids != layer_ids:
+        served = ModelIdentity(model=model, num_experts=num_experts, layer_ids=layer_ids)
+        difference = self.identity.difference(served, names=("the plan", "this model"))
+        if difference is not None:
             msg = (
-                f"the plan is for {self.model} ({len(self.layer_ids)} MoE layers of "
-                f"{self.num_experts} experts), this model is {model} ({len(layer_ids)} MoE layers "
-                f"of {num_experts}); place a trace of this model: `exflow profile`, `exflow place`"
-            )
-            raise PlanError(msg)
-        if Path(self.model).name != Path(model).name:
-            msg = (
-                f"the plan was made for {self.model}, this model is {model}; "
-                f"place a trace of this model: `exflow profile`, then `exflow place`"
+                f"the plan was made for {self.model} ({len(self.layer_ids)} MoE layers of "
+                f"{self.num_experts} experts), this model is {model}: {difference}; place a trace "
+                f"of this model: `exflow profile`, then `exflow place`"
             )
             raise PlanError(msg)
         if self.num_ranks != num_ranks:
@@ -206,12 +216,13 @@ class PlacementPlan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write `exflow.plan/1`: the same plan is the same bytes."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(_to_json(self), encoding="utf-8")
-        partial.replace(target)
+        """Write `exflow.plan/1`: the same plan is the same bytes.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        with replacing(Path(path)) as partial:
+            partial.write_text(_to_json(self), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> PlacementPlan:
@@ -229,8 +240,8 @@ class PlacementPlan:
             msg = f"{path}: cannot be read as a plan: {error}"
             raise PlanError(msg) from error
         try:
-            return _from_json(json.loads(text))
-        except (json.JSONDecodeError, PlanError, TopologyError) as error:
+            return _from_json(parse_json(text))
+        except UserError as error:
             msg = f"{path}: not a usable placement plan: {error}"
             raise PlanError(msg) from error
 
@@ -269,23 +280,23 @@ def _from_json(data: object) -> PlacementPlan:
             tuple(tuple(_whole("slots", e) for e in experts) for experts in ranks)
             for ranks in data["slots"]
         )
-        strategy = data.get("strategy") or {"name": "unknown"}
+        topology, strategy = data["topology"], data.get("strategy") or {"name": "unknown"}
         return PlacementPlan(
             model=str(data["model"]),
-            num_experts=int(data["num_experts"]),
-            layer_ids=tuple(int(layer) for layer in data["layer_ids"]),
+            num_experts=_whole("num_experts", data["num_experts"]),
+            layer_ids=tuple(_whole("layer_ids", layer) for layer in data["layer_ids"]),
             topology=Topology(
-                num_nodes=int(data["topology"]["num_nodes"]),
-                ranks_per_node=int(data["topology"]["ranks_per_node"]),
+                num_nodes=_whole("num_nodes", topology["num_nodes"]),
+                ranks_per_node=_whole("ranks_per_node", topology["ranks_per_node"]),
             ),
             strategy=Strategy(
                 name=str(strategy["name"]),
-                seed=int(strategy.get("seed", 0)),
-                options=dict(strategy.get("options", {})),
+                seed=_whole("seed", strategy.get("seed", 0)),
+                options=_object("options", strategy.get("options", {})),
             ),
             slots=slots,
-            predicted=dict(data.get("predicted", {})),
-            bound=dict(data.get("bound", {})),
+            predicted=_object("predicted", data.get("predicted", {})),
+            bound=_object("bound", data.get("bound", {})),
             outlook=tuple(
                 tuple(tuple(_whole("outlook", x) for x in row) for row in layer)
                 for layer in data.get("outlook", ())
@@ -298,6 +309,13 @@ def _from_json(data: object) -> PlacementPlan:
 
 def _whole(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        msg = f"{name} must hold whole numbers, got {value!r}"
+        msg = f"{name} must hold whole numbers, got {value!r:.40}"
+        raise PlanError(msg)
+    return value
+
+
+def _object(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        msg = f"{name} must be a JSON object, got {value!r:.40}"
         raise PlanError(msg)
     return value

@@ -190,13 +190,10 @@ def _check(trace: RoutingTrace, against: RoutingTrace | None) -> None:
         raise TraceError(msg)
     if against is None:
         return
-    for name in ("num_experts", "layer_ids", "top_k"):
-        if getattr(against, name) != getattr(trace, name):
-            msg = (
-                f"the traces are of different models: {name} is {getattr(trace, name)!r} in one, "
-                f"{getattr(against, name)!r} in the other; profile both texts with one model"
-            )
-            raise TraceError(msg)
+    difference = trace.difference(against, names=("one", "the other"))
+    if difference is not None:
+        msg = f"the traces are of different models: {difference}; profile both texts with one model"
+        raise TraceError(msg)
 
 
 def _large_domains(trace: RoutingTrace) -> list[str]:

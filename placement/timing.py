@@ -19,15 +19,16 @@ GPU and 82.7 us (pplx, IBGDA, 16 ranks: 102.7 dispatch, 62.7 combine).
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from placement.errors import UserError
+from placement.json_text import parse_json
 from placement.rules import first_owner, walk_layers
-from placement.traffic import count_traffic
+from placement.traffic import check_rows, count_traffic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,8 +68,9 @@ class Links:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (value > 0 or (value == 0 and "latency" in name)):
-                msg = f"{name} must be above 0, got {value}"
+            is_enough = value > 0 or (value == 0 and "latency" in name)
+            if not (is_enough and math.isfinite(value)):
+                msg = f"{name} must be above 0 and finite, got {value}"
                 raise TimingError(msg)
 
     @property
@@ -84,9 +86,9 @@ class Links:
             TimingError: if the file is no such JSON.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
             return cls(**{name: float(value) for name, value in data.items()})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
             known = ", ".join(cls.__dataclass_fields__)
             msg = f"{path}: links are JSON with numbers for any of {known}: {error}"
             raise TimingError(msg) from error
@@ -130,8 +132,10 @@ def rows_by_kind(
 
     Raises:
         TimingError: if the backend is unknown.
+        UserError: as `count_traffic`.
     """
     unit = unit_of(backend)
+    check_rows(trace, plan)
     topology, ranks = plan.topology, plan.num_ranks
     if unit == "all":
         phases = 2 * plan.num_layers

@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from placement.errors import UserError
+from placement.identity import UNKNOWN, ModelIdentity
+from placement.json_text import parse_json
+from placement.output import OutputError, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "exflow.trace/1"
+COUNTS = "counts"
+"""Phase of a trace made from loads alone."""
+MAX_EXPERTS = 1 << 15
+MAX_DOMAINS = 1 << 8
+MAX_ID = (1 << 31) - 1
 TOKEN_ARRAYS = {
     "positions": np.int32,
     "expert_weights": np.float16,
@@ -49,7 +57,7 @@ class RoutingTrace:
             token where only the beginning of a text stands before it; they say where it starts a
             coherent decode step (`rules.first_owner`).
         domains: names of the domains (Pile subsets).
-        phase: "teacher-forced", "prefill", "decode" or "unknown".
+        phase: "teacher-forced", "prefill", "decode", "mixed", "unknown" or "counts".
         source: where the text came from.
         licence: its licence.
     """
@@ -76,6 +84,7 @@ class RoutingTrace:
             msg = "the trace holds no tokens; profile more text"
             raise TraceError(msg)
         self._check_shapes()
+        self._check_types()
         self._check_experts()
         self._check_domains()
 
@@ -83,6 +92,9 @@ class RoutingTrace:
         tokens, layers, top_k = self.expert_ids.shape
         if layers == 0 or len(self.layer_ids) != layers:
             msg = f"layer_ids names {len(self.layer_ids)} layers, expert_ids has {layers}"
+            raise TraceError(msg)
+        if self.num_experts > MAX_EXPERTS:
+            msg = f"num_experts is {self.num_experts}, expected at most {MAX_EXPERTS}"
             raise TraceError(msg)
         if top_k == 0 or top_k > self.num_experts:
             msg = f"top_k is {top_k} with {self.num_experts} experts"
@@ -98,6 +110,25 @@ class RoutingTrace:
             array = getattr(self, name)
             if array is not None and array.shape != shape:
                 msg = f"{name} must have shape {shape}, got {array.shape}"
+                raise TraceError(msg)
+
+    def _check_types(self) -> None:
+        """Wider types than a file's are taken if their values fit it."""
+        for name, dtype in {
+            "expert_ids": np.int16,
+            "sequence_ids": np.int32,
+            **TOKEN_ARRAYS,
+        }.items():
+            array = getattr(self, name)
+            kind = np.floating if name == "expert_weights" else np.integer
+            if array is not None and not np.issubdtype(array.dtype, kind):
+                msg = f"{name} must be {np.dtype(dtype)}, got {array.dtype}"
+                raise TraceError(msg)
+        most_of = {"sequence_ids": MAX_ID, "positions": MAX_ID, "domain_ids": MAX_DOMAINS - 1}
+        for name, most in most_of.items():
+            array = getattr(self, name)
+            if array is not None and (array.min() < 0 or array.max() > most):
+                msg = f"{name} run from {array.min()} to {array.max()}, expected 0 to {most}"
                 raise TraceError(msg)
 
     def _check_experts(self) -> None:
@@ -127,6 +158,22 @@ class RoutingTrace:
         if self.domain_ids is not None and int(self.domain_ids.max()) >= len(self.domains):
             msg = f"domain_ids reach {int(self.domain_ids.max())}, {len(self.domains)} are named"
             raise TraceError(msg)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model it is of."""
+        return ModelIdentity(
+            model=self.model, num_experts=self.num_experts, layer_ids=self.layer_ids
+        )
+
+    def difference(
+        self, other: RoutingTrace, *, names: tuple[str, str] = ("one", "another")
+    ) -> str | None:
+        """What tells the models of two traces apart; None if they are of the same."""
+        found = self.identity.difference(other.identity, names=names)
+        if found is None and self.top_k != other.top_k:
+            found = f"top_k is {self.top_k} in {names[0]}, {other.top_k} in {names[1]}"
+        return found
 
     @property
     def num_tokens(self) -> int:
@@ -207,7 +254,11 @@ class RoutingTrace:
         return replace(self, expert_ids=ids, expert_weights=None, foretold_ids=None)
 
     def save(self, path: str | Path) -> None:
-        """Write `exflow.trace/1`."""
+        """Write `exflow.trace/1`.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
         tensors: dict[str, NDArray[Any]] = {
             "expert_ids": np.ascontiguousarray(self.expert_ids, dtype=np.int16),
             "sequence_ids": np.ascontiguousarray(self.sequence_ids, dtype=np.int32),
@@ -225,11 +276,12 @@ class RoutingTrace:
             "source": self.source,
             "licence": self.licence,
         }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(target)
+        try:
+            with replacing(Path(path)) as partial:
+                save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:
+            msg = f"{path}: cannot be written: {error}; name another file"
+            raise OutputError(msg) from error
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
@@ -259,18 +311,18 @@ def _fields(metadata: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) ->
     if missing:
         msg = f"tensors missing: {', '.join(sorted(missing))}"
         raise TraceError(msg)
-    for name in {"expert_ids", "foretold_ids"} & set(tensors):
-        if not np.issubdtype(tensors[name].dtype, np.integer):
-            msg = f"{name} must be integers, got {tensors[name].dtype}"
-            raise TraceError(msg)
+    layer_ids = parse_json(metadata["layer_ids"])
+    if not isinstance(layer_ids, list) or not all(type(layer) is int for layer in layer_ids):
+        msg = f"layer_ids must list whole numbers, got {metadata['layer_ids']:.40}"
+        raise TraceError(msg)
     return {
         "expert_ids": tensors["expert_ids"],
         "sequence_ids": tensors["sequence_ids"],
         **{name: tensors.get(name) for name in TOKEN_ARRAYS},
         "num_experts": int(metadata["num_experts"]),
-        "model": metadata.get("model", "unknown"),
-        "layer_ids": tuple(json.loads(metadata["layer_ids"])),
-        "domains": tuple(json.loads(metadata.get("domains", "[]"))),
+        "model": metadata.get("model", UNKNOWN),
+        "layer_ids": tuple(layer_ids),
+        "domains": tuple(parse_json(metadata.get("domains", "[]"))),
         "phase": metadata.get("phase", "unknown"),
         "source": metadata.get("source", ""),
         "licence": metadata.get("licence", ""),
@@ -288,15 +340,12 @@ def merge_traces(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     if not traces:
         msg = "no traces to merge"
         raise TraceError(msg)
-    first = traces[0]
-    for other in traces[1:]:
-        for name in ("model", "num_experts", "layer_ids", "top_k"):
-            if getattr(other, name) != getattr(first, name):
-                msg = (
-                    f"traces of different models cannot be merged: {name} is "
-                    f"{getattr(first, name)!r} in one, {getattr(other, name)!r} in another"
-                )
-                raise TraceError(msg)
+    first = next((trace for trace in traces if trace.model != UNKNOWN), traces[0])
+    for other in traces:
+        difference = first.difference(other)
+        if difference is not None:
+            msg = f"traces of different models cannot be merged: {difference}"
+            raise TraceError(msg)
     domains = tuple(dict.fromkeys(name for trace in traces for name in trace.domains))
     return replace(
         first,
@@ -307,7 +356,7 @@ def merge_traces(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         domain_ids=_joined_domains(traces, domains),
         foretold_ids=_joined(traces, "foretold_ids"),
         domains=domains,
-        phase=first.phase if len({trace.phase for trace in traces}) == 1 else "mixed",
+        phase=_joined_phase(traces),
         source="; ".join(dict.fromkeys(trace.source for trace in traces if trace.source)),
         licence="; ".join(dict.fromkeys(trace.licence for trace in traces if trace.licence)),
     )
@@ -316,9 +365,23 @@ def merge_traces(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 def _disjoint_sequences(traces: Sequence[RoutingTrace]) -> NDArray[np.int32]:
     parts, offset = [], 0
     for trace in traces:
-        parts.append(trace.sequence_ids.astype(np.int32) + np.int32(offset))
+        parts.append(trace.sequence_ids.astype(np.int64) + offset)
         offset += int(trace.sequence_ids.max()) + 1
-    return np.concatenate(parts)
+    if offset - 1 > MAX_ID:
+        msg = (
+            f"one trace after the other, sequence_ids reach {offset - 1}, expected at most "
+            f"{MAX_ID}; number the sequences of each trace from 0"
+        )
+        raise TraceError(msg)
+    return np.concatenate(parts).astype(np.int32)
+
+
+def _joined_phase(traces: Sequence[RoutingTrace]) -> str:
+    """Loads alone among others still say nothing of affinity."""
+    phases = {trace.phase for trace in traces}
+    if COUNTS in phases:
+        return COUNTS
+    return phases.pop() if len(phases) == 1 else "mixed"
 
 
 def _joined(traces: Sequence[RoutingTrace], name: str) -> NDArray[Any] | None:
@@ -330,9 +393,12 @@ def _joined_domains(
     traces: Sequence[RoutingTrace], domains: tuple[str, ...]
 ) -> NDArray[np.uint8] | None:
     parts = []
+    if any(trace.domain_ids is None for trace in traces):
+        return None
+    if len(domains) > MAX_DOMAINS:
+        msg = f"the traces name {len(domains)} domains, expected at most {MAX_DOMAINS} in all"
+        raise TraceError(msg)
     for trace in traces:
-        if trace.domain_ids is None:
-            return None
         renumber = np.array([domains.index(name) for name in trace.domains], dtype=np.uint8)
         parts.append(renumber[trace.domain_ids])
     return np.concatenate(parts)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from placement.errors import UserError
+from placement.interop.counts import require_routing
 from placement.rules import first_owner, relays, walk_layers
 
 if TYPE_CHECKING:
@@ -81,14 +82,19 @@ class Traffic:
 
     def imbalance(self) -> dict[str, float]:
         """Max / mean load over ranks, as mean and max over layers."""
-        per_layer = imbalance_of(self.load)
-        return {"mean": float(per_layer.mean()), "max": float(per_layer.max())}
+        return summarize_imbalance(self.load)
 
 
 def imbalance_of(load: NDArray[Any]) -> NDArray[np.float64]:
     """(layers,) max / mean over the last axis of a (layers, ranks) load."""
     result: NDArray[np.float64] = load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-12)
     return result
+
+
+def summarize_imbalance(load: NDArray[Any]) -> dict[str, float]:
+    """Max / mean load over ranks, as mean and max over layers."""
+    per_layer = imbalance_of(load)
+    return {"mean": float(per_layer.mean()), "max": float(per_layer.max())}
 
 
 def count_traffic(
@@ -114,17 +120,70 @@ def count_traffic(
             rows take, not how many there are; or "replicated".
 
     Raises:
-        TrafficError: if trace and plan differ in layers or experts, the protocol is unknown, or
+        TrafficError: if trace and plan are of different models, the protocol is unknown, or
             dispatch is replicated and not all ranks are in one domain.
+        RecordError: if the trace carries loads only.
     """
-    _check(trace, plan, protocol)
-    size = 1 if protocol == "home" else coherence_domain
+    check_rows(trace, plan)
+    size = _domain_size(protocol, coherence_domain)
     if dispatch == "replicated":
         if size not in (None, plan.num_ranks):
             msg = "dispatch can be replicated only under coherent with all ranks in one domain"
             raise TrafficError(msg)
         size = 1
-    walk = _Walk(plan, plan.topology.domain_of_rank(size), dispatch)
+    return _walk(trace, plan, size, homes=homes, dispatch=dispatch)
+
+
+def count_load(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    *,
+    protocol: Protocol = "coherent",
+    coherence_domain: int | None = None,
+) -> NDArray[np.int64]:
+    """(layers, ranks) routed (token, expert) pairs, also of a trace that carries loads only.
+
+    Raises:
+        TrafficError: if trace and plan are of different models or the protocol is unknown.
+    """
+    _check_model(trace, plan)
+    return _walk(trace, plan, _domain_size(protocol, coherence_domain)).load
+
+
+def check_rows(trace: RoutingTrace, plan: PlacementPlan) -> None:
+    """Refuse to count rows of a trace of another model, or of one that carries loads only.
+
+    Raises:
+        TrafficError: naming what differs.
+        RecordError: saying what to record instead.
+    """
+    _check_model(trace, plan)
+    require_routing(trace, "counting rows")
+
+
+def _check_model(trace: RoutingTrace, plan: PlacementPlan) -> None:
+    difference = trace.identity.difference(plan.identity, names=("the trace", "the plan"))
+    if difference is not None:
+        msg = f"{difference}; use a plan made from a trace of the same model"
+        raise TrafficError(msg)
+
+
+def _domain_size(protocol: Protocol, coherence_domain: int | None) -> int | None:
+    if protocol not in PROTOCOLS:
+        msg = f"unknown protocol {protocol!r}; choose home or coherent"
+        raise TrafficError(msg)
+    return 1 if protocol == "home" else coherence_domain
+
+
+def _walk(
+    trace: RoutingTrace,
+    plan: PlacementPlan,
+    domain_size: int | None,
+    *,
+    homes: NDArray[Any] | None = None,
+    dispatch: Dispatch = "flat",
+) -> Traffic:
+    walk = _Walk(plan, plan.topology.domain_of_rank(domain_size), dispatch)
     home = trace.sequence_ids % plan.num_ranks if homes is None else homes
     step = max(1, CHUNK_CELLS // (plan.num_ranks * (trace.top_k + 4)))
     for start in range(0, trace.num_tokens, step):
@@ -135,19 +194,6 @@ def count_traffic(
             None if trace.foretold_ids is None else trace.foretold_ids[part].astype(np.int64),
         )
     return walk.traffic()
-
-
-def _check(trace: RoutingTrace, plan: PlacementPlan, protocol: str) -> None:
-    if protocol not in PROTOCOLS:
-        msg = f"unknown protocol {protocol!r}; choose home or coherent"
-        raise TrafficError(msg)
-    if trace.num_experts != plan.num_experts or trace.layer_ids != plan.layer_ids:
-        msg = (
-            f"the trace is of {trace.model} ({trace.num_layers} layers, {trace.num_experts} "
-            f"experts), the plan for {plan.model} ({plan.num_layers} layers, {plan.num_experts} "
-            f"experts); use a plan made from a trace of the same model"
-        )
-        raise TrafficError(msg)
 
 
 class _Walk:
@@ -257,7 +303,7 @@ def crossing_rate(trace: RoutingTrace, plan: PlacementPlan) -> float:
     With replicas a token runs the copy that `choose_ranks` picks when it moves as under top-1
     `coherent` from `sequence_id % num_ranks`. Source: arXiv 2401.08383, eq. 8.
     """
-    _check(trace, plan, "coherent")
+    check_rows(trace, plan)
     if trace.num_layers < 2:
         return 0.0
     steps = walk_layers(

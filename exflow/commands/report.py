@@ -29,10 +29,10 @@ def report(
     """
     from exflow.report.figures import gather
     from exflow.report.page import render
+    from placement.output import check_writable, replacing
 
+    check_writable(output)
     models = gather(trace, plan or [], held_out=held_out or [], metrics=metrics or [])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(render(models), encoding="utf-8")
-    partial.replace(output)
+    with replacing(output) as partial:
+        partial.write_text(render(models), encoding="utf-8")
     typer.echo(f"{output}: {', '.join(model.name for model in models)}")

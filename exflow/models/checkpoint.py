@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from exflow.errors import CheckpointError
+from placement.json_text import JsonError, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +108,8 @@ class Checkpoint:
         index, single = self.folder / INDEX, self.folder / SINGLE
         if index.is_file():
             try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
+                names = parse_json(index.read_bytes())["weight_map"]
+            except (OSError, JsonError, KeyError, TypeError) as error:
                 msg = f"{index} is not an index of shards: {error}"
                 raise CheckpointError(msg) from error
             return {name: self.folder / shard for name, shard in names.items()}

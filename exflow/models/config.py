@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from exflow.errors import CheckpointError
 from exflow.models.parts import FullAttention, Rope
+from placement.json_text import JsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,8 +139,8 @@ def eos_token_ids(config: Any, folder: Path) -> tuple[int, ...]:
     found = config.eos_token_id
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            found = parse_json(path.read_bytes()).get("eos_token_id")
+        except (OSError, JsonError, AttributeError) as error:
             msg = f"{path} cannot be read: {error}"
             raise CheckpointError(msg) from error
     if found is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from exflow.models import (
     qwen2_moe,
     qwen3_moe,
 )
+from placement.json_text import JsonError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ def define_model(folder: str | Path, *, name: str | None = None) -> DecoderDefin
         CheckpointError: it cannot be read, or is of a family the runtime does not know.
     """
     path = Path(folder)
-    model_type = _model_type(path)
+    model_type = model_type_of(path)
     if model_type not in FAMILIES:
         msg = (
             f"{path}: the runtime does not know the architecture {model_type!r}; "
@@ -76,11 +76,16 @@ def _read_config(folder: Path, model_type: str) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-def _model_type(folder: Path) -> str:
+def model_type_of(folder: Path) -> str:
+    """The `model_type` of a checkpoint's configuration.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(path.read_bytes())
+    except (OSError, JsonError) as error:
         msg = f"{path} cannot be read as a model's configuration: {error}"
         raise CheckpointError(msg) from error
     return str(config.get("model_type")) if isinstance(config, dict) else "unknown"

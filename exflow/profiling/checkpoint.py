@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from exflow.errors import CheckpointError
+from exflow.models import gpt_moe
+from exflow.models.families import model_type_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +30,9 @@ def load_model(folder: str, *, dtype: str, device: str) -> PreTrainedModel:
     Raises:
         CheckpointError: It cannot be loaded as a causal language model.
     """
+    if Path(folder).is_dir() and model_type_of(Path(folder)) == gpt_moe.MODEL_TYPE:
+        msg = f"{folder}: transformers does not know this family; use `exflow run --record-trace`"
+        raise CheckpointError(msg)
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -46,7 +51,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         CheckpointError: There is none.
     """
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)  # it warns of architectures that it does not know
+    transformers_logging.set_verbosity(
+        logging.ERROR
+    )  # it warns of architectures that it does not know
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:

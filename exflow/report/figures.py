@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from placement.errors import UserError
 from placement.interop.counts import require_routing
+from placement.json_text import parse_json
 from placement.plan import PlacementPlan
 from placement.stability import describe_stability
 from placement.statistics import describe
@@ -87,7 +88,7 @@ class Run:
             ReportError: naming the file and what is wrong with it.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_bytes())
             return cls(
                 file=path.name,
                 model=data["model"],
@@ -244,5 +245,5 @@ def _by_model(
 
 
 def _key(model: str) -> str:
-    """Models are the same if their last names are, as for `PlacementPlan.check_for`."""
+    """Models are the same if their last names are, as for `ModelIdentity`."""
     return Path(model).name

@@ -8,7 +8,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from placement.errors import UserError
+from placement.json_text import JsonError, parse_json
+from placement.output import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 BEGINNING = b'{"id": '
 FIELDS = {"id", "prompt", "token_ids", "finish_reason"}
-
-
-class OutputError(UserError):
-    """A file that cannot be written, or that holds something else."""
 
 
 class CompletionFile:
@@ -146,38 +143,20 @@ def _replace(path: Path, content: bytes) -> BinaryIO:
     return file
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a path that cannot be written, before hours of work.
-
-    Raises:
-        OutputError: it cannot.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        msg = f"{path}: cannot be written: {error.strerror or error}"
-        raise OutputError(msg) from error
-
-
 def _is_torn(line: bytes) -> bool:
     """Whether it is the beginning of a completion, or of nothing."""
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except JsonError:
         return line.startswith(BEGINNING) or BEGINNING.startswith(line)
     return False
 
 
 def _completion(line: bytes, where: str) -> dict[str, Any]:
     try:
-        completion = json.loads(line)
+        completion = parse_json(line)
         is_whole = completion.keys() >= FIELDS and type(completion["id"]) in (int, str)
-    except (ValueError, AttributeError, RecursionError):
+    except (JsonError, AttributeError):
         is_whole = False
     if not is_whole:
         msg = f"{where}: not a completion; name another output or remove the file"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from exflow.models.checkpoint import Checkpoint
 from exflow.runtime.agreement import check_same
-from exflow.runtime.completions import CompletionFile, check_writable
+from exflow.runtime.completions import CompletionFile
 from exflow.runtime.model import ModelOptions, PreparedModel, load_engine, prepare_model
 from exflow.runtime.progress import with_progress
 from exflow.runtime.prompts import Prompt, read_prompts
@@ -24,6 +24,7 @@ from exflow.runtime.recorder import DecodeRecorder
 from exflow.runtime.requests import Completion, Request, SamplingParams
 from exflow.runtime.summary import Clock, summarize
 from placement.errors import UserError
+from placement.output import check_writable, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -191,7 +192,8 @@ def _write_down(
 
 def _write(job: Job, summary: dict[str, Any], trace: Any) -> None:
     if job.metrics is not None:
-        job.metrics.write_text(json.dumps(summary) + "\n", encoding="utf-8")
+        with replacing(job.metrics) as partial:
+            partial.write_text(json.dumps(summary) + "\n", encoding="utf-8")
     if job.trace is not None and trace is None:
         logger.warning("no decode step was made, so no routing is written to %s", job.trace)
     elif job.trace is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exflow.corpus import can_encode
 from placement.errors import UserError
+from placement.json_text import JsonError, parse_json
 
 
 class PromptError(UserError):
@@ -61,9 +61,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def _parse(line: str, index: int, *, where: str) -> Prompt:
     try:
-        fields: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        msg = f"{where}: not JSON: {error}"
+        fields: Any = parse_json(line)
+    except JsonError as error:
+        msg = f"{where}: {error}"
         raise PromptError(msg) from error
     if not isinstance(fields, dict):
         fields = {}

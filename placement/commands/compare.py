@@ -17,7 +17,7 @@ def compare(
         Literal["home", "coherent"], typer.Option(help="home or coherent.")
     ] = "coherent",
     expert_bytes: Annotated[
-        int | None, typer.Option(help="Bytes of one expert's weights; needed for bytes.")
+        int | None, typer.Option(min=1, help="Bytes of one expert's weights; needed for bytes.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:

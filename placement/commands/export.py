@@ -33,21 +33,21 @@ def export(
     """Write a plan for an engine, or say why that engine cannot take it."""
     from placement.interop.model_shape import ModelShape
     from placement.interop.targets import export_text, find_target
+    from placement.output import check_writable, replacing
     from placement.plan import PlacementPlan
 
     placed = PlacementPlan.load(plan)
     if target == "checkpoint":
         _export_checkpoint(placed, source, output)
         return
+    check_writable(output)
     if fill:
         placed = _filled(placed, output)
     found = find_target(target)
     shape = ModelShape.from_config(config) if config else ModelShape.of_plan(placed)
     text = export_text(placed, found, shape)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(output)
+    with replacing(output) as partial:
+        partial.write_text(text, encoding="utf-8")
     typer.echo(f"{output}: {placed.num_slots} slots on {placed.num_ranks} ranks for {target}")
     for finding in found.check(placed, shape):
         typer.echo(f"note: {finding.text}")

@@ -25,9 +25,9 @@ def import_trace(
         Path | None, typer.Option(help="The model's config.json, or the folder it is in.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model's name.")] = None,
-    num_experts: Annotated[int | None, typer.Option(help="Instead of --config.")] = None,
-    num_layers: Annotated[int | None, typer.Option(help="Instead of --config.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Instead of --config.")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="Instead of --config.")] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Instead of --config.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Instead of --config.")] = None,
     moe_layers: Annotated[
         str | None, typer.Option(help="Instead of --config: layers with experts, as 1-26 or 1,3,5.")
     ] = None,
@@ -41,7 +41,9 @@ def import_trace(
 ) -> None:
     """Import what an engine recorded as a trace, or the placement it runs as a plan."""
     from placement.interop.model_shape import ModelShape, parse_layers
+    from placement.output import check_writable
 
+    check_writable(output)
     shape = (ModelShape.from_config(config) if config else ModelShape()).override(
         model=model,
         num_experts=num_experts,
@@ -76,7 +78,7 @@ def _import_trace(
 
 
 def _describe(trace: RoutingTrace) -> str:
-    from placement.interop.counts import COUNTS
+    from placement.trace import COUNTS
 
     if trace.phase == COUNTS:
         layers = f"{trace.num_layers} MoE layers of {trace.num_experts} experts"

@@ -16,11 +16,13 @@ def merge(
     ] = False,
 ) -> None:
     """Join routing traces of one model; sequences stay apart, kinds of text keep their names."""
+    from placement.output import check_writable
     from placement.trace import RoutingTrace, TraceError, merge_traces
 
     if output.exists() and not overwrite:
         msg = f"{output} is there already; give --overwrite to replace it, or another -o"
         raise TraceError(msg)
+    check_writable(output)
     merged = merge_traces([RoutingTrace.load(path) for path in traces])
     merged.save(output)
     typer.echo(

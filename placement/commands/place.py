@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,14 +12,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from placement.plan import PlacementPlan
     from placement.strategies import PlacementOptions
     from placement.topology import Topology
     from placement.trace import RoutingTrace
-    from placement.traffic import Traffic
 
 TABLE = ("linear", "round_robin", "balanced", "exflow_milp")
 TABLE_SOLVER_SECONDS = 1.0
 TABLE_EFFORT = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 def place(
@@ -114,12 +117,13 @@ def place(
     """Place the experts of a model: write a plan, print what it is worth on held-out tokens."""
     from dataclasses import replace
 
-    from placement.interop.counts import COUNTS, LOAD_STRATEGIES, require_routing
+    from placement.interop.counts import LOAD_STRATEGIES, require_routing
+    from placement.output import check_writable
     from placement.plan import PlacementPlan
     from placement.strategies import PlacementOptions, StrategyError
     from placement.timing import Links, protocol_for
     from placement.topology import Topology
-    from placement.trace import RoutingTrace, merge_traces
+    from placement.trace import COUNTS, RoutingTrace, merge_traces
 
     if backend != "exflow" and (evaluate or weights == "fair"):
         msg = f"--evaluate and --weights fair count exflow's rows; leave them out with {backend}"
@@ -127,6 +131,7 @@ def place(
     if keep_groups and (evaluate or strategy != "affinity"):
         msg = "--keep-groups is for --strategy affinity; --evaluate fits plans afresh: leave it out"
         raise StrategyError(msg)
+    check_writable(output)
     parts = [RoutingTrace.load(path) for path in traces]
     trace = merge_traces(parts)
     if evaluate or strategy.replace("-", "_") not in LOAD_STRATEGIES:
@@ -203,44 +208,43 @@ def _write_plan(
     slots_per_rank: int | None,
     options: PlacementOptions,
 ) -> None:
-    from dataclasses import replace
-
-    from placement.bounds import lower_bound
+    from placement.prediction import with_predictions
     from placement.strategies import get_strategy
-    from placement.timing import rows_by_kind, unit_of
-    from placement.traffic import count_traffic
 
     plan = get_strategy(strategy)(trace, topology, slots_per_rank=slots_per_rank, options=options)
-    setting: dict[str, Any] = {
-        "protocol": options.protocol,
-        "coherence_domain": options.coherence_domain,
-    }
-    traffic = count_traffic(trace, plan, **setting)
-    sent = rows_by_kind(trace, plan, backend=options.backend, traffic=traffic, **setting)
-    home = traffic if options.protocol == "home" else count_traffic(trace, plan, protocol="home")
-    start = "home" if trace.foretold_ids is None or options.protocol == "home" else "foretold"
-    predicted = {**setting, "start": start, **_figures(traffic)}
-    predicted |= {"sent": sent, "home": _figures(home)}
-    fullest = max(len(experts) for ranks in plan.slots for experts in ranks)
-    bound = lower_bound(trace, topology, slots_per_rank=fullest, **setting)
-    summary = bound.summary(traffic.rows_per_token()["total"])
-    plan = replace(plan, predicted={**predicted, **plan.predicted}, bound=summary)
+    plan = with_predictions(plan, trace, options)
     plan.save(output)
-    total, imbalance = sum(sent.values()), traffic.imbalance()
-    between = f" ({sent['inter']:.2f} between nodes)" if topology.num_nodes > 1 else ""
-    limit = (
-        f"; no plan without a load cap goes below {summary['rows_per_token']:.2f} "
-        f"({summary['method']} bound, gap {100 * summary['gap']:.0f}%)"
-    )
     typer.echo(
         f"{output}: {plan.strategy.name}, {topology.num_ranks} ranks, {plan.num_slots} slots\n"
-        f"{total:.2f} rows/token{between} at imbalance {imbalance['mean']:.3f} on the trace itself"
-        f"{limit if unit_of(options.backend) in ('node', 'rank') else ''}"
+        f"{_worth(plan, options.backend)}"
     )
+    worst, cap = plan.predicted["imbalance"]["max"], options.max_imbalance
+    if cap is not None and worst > cap:
+        logger.warning(
+            "max / mean load reaches %.4f at a layer, above --max-imbalance %s; only --strategy "
+            "affinity heeds it",
+            worst,
+            cap,
+        )
 
 
-def _figures(traffic: Traffic) -> dict[str, Any]:
-    return {"rows_per_token": traffic.rows_per_token(), "imbalance": traffic.imbalance()}
+def _worth(plan: PlacementPlan, backend: str) -> str:
+    """The plan's predictions in a line."""
+    from placement.timing import unit_of
+
+    evenness = f"imbalance {plan.predicted['imbalance']['mean']:.3f} on the trace itself"
+    if "sent" not in plan.predicted:
+        return f"{evenness}; it carries loads only, so no rows are counted"
+    sent, bound = plan.predicted["sent"], plan.bound
+    between = f" ({sent['inter']:.2f} between nodes)" if plan.topology.num_nodes > 1 else ""
+    limit = (
+        f"; no plan without a load cap goes below {bound['rows_per_token']:.2f} "
+        f"({bound['method']} bound, gap {100 * bound['gap']:.0f}%)"
+    )
+    return (
+        f"{sum(sent.values()):.2f} rows/token{between} at {evenness}"
+        f"{limit if unit_of(backend) in ('node', 'rank') else ''}"
+    )
 
 
 def _show_table(

@@ -27,12 +27,13 @@ def simulate(
         int | None, typer.Option(help="Ranks that share KV caches; all unless given.")
     ] = None,
     hidden_size: Annotated[
-        int | None, typer.Option(help="Elements of a row; needed for bytes.")
+        int | None, typer.Option(min=1, help="Elements of a row; needed for bytes.")
     ] = None,
     kv_elements: Annotated[
-        int | None, typer.Option(help="K and V elements of a token and layer; needed for bytes.")
+        int | None,
+        typer.Option(min=0, help="K and V elements of a token and layer; needed for bytes."),
     ] = None,
-    element_bytes: Annotated[int, typer.Option(help="Bytes of an element.")] = 2,
+    element_bytes: Annotated[int, typer.Option(min=1, help="Bytes of an element.")] = 2,
     backend: Annotated[
         str | None,
         typer.Option(help="Times for a backend: exflow, deepep-v2, deepep-ll, agrs, ..."),
@@ -40,7 +41,7 @@ def simulate(
     links: Annotated[
         Path | None, typer.Option(help="JSON with latencies and bandwidths of the links.")
     ] = None,
-    tokens_per_rank: Annotated[int, typer.Option(help="Tokens of a rank in a step.")] = 32,
+    tokens_per_rank: Annotated[int, typer.Option(min=1, help="Tokens of a rank in a step.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Count the rows, the load and the bytes of plans on a trace; advise on a backend."""

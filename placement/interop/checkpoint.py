@@ -24,6 +24,7 @@ from placement.interop.targets import (
     check_shape,
     error,
 )
+from placement.json_text import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,8 +140,8 @@ def export(
     if not shards:
         msg = f"{source}: no .safetensors files; a checkpoint folder was expected"
         raise ExportError(msg)
-    if target.exists() and any(target.iterdir()):
-        msg = f"{target} exists and is not empty; name a new folder"
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        msg = f"{target} exists and is a file or not empty; name a new folder"
         raise ExportError(msg)
     permutation = permutation_of(plan, shape)
     changes = {shard: _changes(shard, permutation) for shard in shards}
@@ -188,9 +189,13 @@ def _write_index(source: Path, target: Path, changes: list[tuple[str, Change]]) 
     index_file = source / INDEX
     if not index_file.is_file():
         return
-    index: dict[str, Any] = json.loads(index_file.read_text(encoding="utf-8"))
     renamed = {name: change.name for name, change in changes}
-    weight_map = {renamed.get(name, name): file for name, file in index["weight_map"].items()}
+    try:
+        index: dict[str, Any] = parse_json(index_file.read_text(encoding="utf-8"))
+        weight_map = {renamed.get(name, name): file for name, file in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        msg = f"{index_file}: not the index of a checkpoint: {failure!r}"
+        raise ExportError(msg) from failure
     index["weight_map"] = dict(sorted(weight_map.items()))
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -214,10 +219,10 @@ def read_plan(folder: Path, num_ranks: int) -> ReadPlan:
     """
     file = folder / NOTE
     try:
-        note = json.loads(file.read_text(encoding="utf-8"))
+        note = parse_json(file.read_text(encoding="utf-8"))
         rows = {int(layer): row for layer, row in note["expert_of_position"].items()}
         experts, model = int(note["num_experts"]), str(note["model"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as failure:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as failure:
         msg = f"{file}: not the note of a permuted checkpoint: {failure!r}"
         raise ExportError(msg) from failure
     layer_ids = tuple(sorted(rows))

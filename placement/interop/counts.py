@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placement.interop.errors import RecordError
-from placement.trace import RoutingTrace
+from placement.trace import COUNTS, RoutingTrace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from placement.interop.model_shape import ModelShape
 
-COUNTS = "counts"
 MAX_TOKENS = 1 << 14
 LOAD_STRATEGIES = frozenset({"linear", "round_robin", "random", "balanced"})
 
@@ -66,8 +65,7 @@ def require_routing(trace: RoutingTrace, purpose: str) -> None:
     if trace.phase == COUNTS:
         msg = (
             f"{purpose} needs to see which experts a token uses together; this trace was made from "
-            f"loads alone ({trace.source}); record routed experts, or choose a strategy that only "
-            f"balances load"
+            f"loads alone ({trace.source}), which serve only to balance load; record routed experts"
         )
         raise RecordError(msg)
 

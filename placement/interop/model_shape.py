@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from placement.interop.errors import ConfigError
+from placement.json_text import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,11 +55,17 @@ class ModelShape:
         """
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = parse_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             msg = f"{file}: not a readable config.json: {error}"
             raise ConfigError(msg) from error
-        return _from_config(config, file)
+        try:
+            return _from_config(config, file)
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, OverflowError) as error:
+            msg = f"{file}: a field of config.json has the wrong type: {error}"
+            raise ConfigError(msg) from error
 
     @classmethod
     def of_plan(cls, plan: PlacementPlan) -> ModelShape:

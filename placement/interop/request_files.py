@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from placement.interop.errors import RecordError
 from placement.interop.trace_parts import Request, TraceParts
+from placement.json_text import JsonError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -93,20 +93,25 @@ def _bodies(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        bodies = json.loads(path.read_text(encoding="utf-8"))
+        bodies = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         msg = f"{path}: neither JSON nor JSON Lines: {error}"
         raise RecordError(msg) from error
     for number, body in enumerate(bodies):
-        yield f"{path}, element {number}", body
+        place = f"{path}, element {number}"
+        yield place, _checked(body, place)
 
 
 def _object(line: str, place: str) -> dict[str, Any]:
     try:
-        body = json.loads(line)
-    except ValueError as error:
-        msg = f"{place}: not JSON ({error}); expected one response a line"
+        body = parse_json(line)
+    except JsonError as error:
+        msg = f"{place}: {error}; expected one response a line"
         raise RecordError(msg) from error
+    return _checked(body, place)
+
+
+def _checked(body: Any, place: str) -> dict[str, Any]:
     if not isinstance(body, dict):
         msg = f"{place}: expected an object, got {type(body).__name__}"
         raise RecordError(msg)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from placement.interop.errors import ExportError
+from placement.json_text import parse_json
+from placement.output import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,7 +55,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= MAX_HEADER else b""
-        header = json.loads(text)
+        header = parse_json(text)
         metadata = header.pop("__metadata__", {})
         tensors = {
             name: Tensor(
@@ -84,13 +86,11 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, Change]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = target.with_name(target.name + ".partial")
-    with source.open("rb") as old, partial.open("wb") as new:
+    with source.open("rb") as old, replacing(target) as partial, partial.open("wb") as new:
         new.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in order:
             change = changes.get(name)
             _copy(old, new, base, tensor, None if change is None else change.rows)
-    partial.replace(target)
 
 
 def _copy(

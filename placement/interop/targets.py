@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from placement.identity import span
 from placement.interop.errors import ExportError
 from placement.interop.slots import describe_unequal, slots_per_rank
+from placement.json_text import JsonError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,8 +134,8 @@ def load_object(text: str, what: str) -> dict[str, Any]:
         ExportError: if it is anything else.
     """
     try:
-        data = json.loads(text)
-    except ValueError as failure:
+        data = parse_json(text)
+    except JsonError as failure:
         msg = f"not a {what}: {failure}"
         raise ExportError(msg) from failure
     if not isinstance(data, dict):
@@ -162,8 +164,8 @@ def check_shape(plan: PlacementPlan, shape: ModelShape) -> list[Finding]:
     if shape.moe_layers is not None and shape.moe_layers != plan.layer_ids:
         findings.append(
             error(
-                f"the plan places layers {_span(plan.layer_ids)}, the model's MoE layers are "
-                f"{_span(shape.moe_layers)}"
+                f"the plan places layers {span(plan.layer_ids)}, the model's MoE layers are "
+                f"{span(shape.moe_layers)}"
             )
         )
     return findings
@@ -203,9 +205,3 @@ def check_groups(plan: PlacementPlan, shape: ModelShape) -> list[Finding]:
             f"nodes: a token may visit more than {shape.top_groups} nodes"
         )
     ]
-
-
-def _span(layers: tuple[int, ...]) -> str:
-    if layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]} to {layers[-1]}"
-    return ", ".join(str(layer) for layer in layers)

@@ -25,6 +25,7 @@ from placement.interop.targets import (
     check_shape,
     warning,
 )
+from placement.json_text import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,11 +105,15 @@ def _read_lines(text: str) -> tuple[dict[str, int | None], dict[int, list[int]]]
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        if match := LAYER.match(line):
-            layers[int(match[1])] = json.loads(match[2])
-        elif match := SCALAR.match(line):
-            scalars[match[1]] = None if match[2] is None else int(match[2])
-        else:
+        layer, scalar = LAYER.match(line), SCALAR.match(line)
+        try:
+            if layer is not None:
+                layers[int(layer[1])] = parse_json(layer[2])
+            elif scalar is not None:
+                scalars[scalar[1]] = None if scalar[2] is None else int(scalar[2])
+        except ValueError:
+            layer = scalar = None
+        if layer is None and scalar is None:
             msg = f"line {number} is not `key: number` or `  layer: [experts]`: {line[:60]!r}"
             raise ExportError(msg)
     return scalars, layers

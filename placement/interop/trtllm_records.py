@@ -10,7 +10,6 @@ The folder names no requests: an iteration of a rank counts as one sequence.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from placement.interop.counts import trace_of_counts
 from placement.interop.errors import RecordError
 from placement.interop.request_files import load_npy
 from placement.interop.trace_parts import Request, TraceParts
+from placement.json_text import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,9 +79,9 @@ def _read_folder(folder: Path, shape: ModelShape) -> RoutingTrace:
 def _with_meta(folder: Path, shape: ModelShape) -> ModelShape:
     file = folder / "meta_info.json"
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = parse_json(file.read_text(encoding="utf-8"))
         experts, top_k = int(meta["num_experts"]), int(meta["num_experts_per_token"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         msg = f"{file}: not a TensorRT-LLM meta_info.json: {error!r}"
         raise RecordError(msg) from error
     if shape.num_experts not in {None, experts}:

@@ -106,13 +106,13 @@ def _start(predicted: Mapping[str, Any], protocol: str) -> Any:
 def _predictions(predicted: Mapping[str, Any], protocol: str) -> dict[str, float]:
     """The figures a plan carries: flat, or under the protocol's name."""
     figures = predicted.get(protocol, predicted if predicted.get("protocol") == protocol else {})
-    rows, balance = figures.get("rows_per_token"), figures.get("imbalance")
-    found = {}
-    if isinstance(rows, dict):
+    try:
+        rows, balance = figures.get("rows_per_token", {}), figures.get("imbalance", {})
         found = {f"rows/token {name}": float(rows[name]) for name in ROWS if name in rows}
-    if isinstance(balance, dict):
-        found |= {f"imbalance {name}": float(value) for name, value in balance.items()}
-    return found
+        return found | {f"imbalance {name}": float(value) for name, value in balance.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        msg = f"the plan's predicted figures have the wrong type: {error}; place its trace again"
+        raise RecordError(msg) from error
 
 
 def served_differences(plan: PlacementPlan, served: Path, target: str, config: Path | None) -> int:

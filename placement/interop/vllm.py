@@ -24,6 +24,7 @@ from placement.interop.targets import (
     load_object,
     warning,
 )
+from placement.json_text import JsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,8 +61,8 @@ def parse(text: str, shape: ModelShape, num_ranks: int) -> ReadPlan:
         ExportError: if the file is not rows of one length, one a MoE layer.
     """
     try:
-        data = json.loads(text)
-    except ValueError as failure:
+        data = parse_json(text)
+    except JsonError as failure:
         msg = f"not a vLLM expert map: {failure}"
         raise ExportError(msg) from failure
     return _read_rows(check_rows(data), shape, num_ranks)

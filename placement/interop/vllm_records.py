@@ -8,7 +8,6 @@ experts, else uint16, logical experts. Dense layers are there, as zeros. Loads a
 from __future__ import annotations
 
 import io
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from placement.interop.counts import trace_of_counts
 from placement.interop.errors import RecordError
 from placement.interop.request_files import read_requests
+from placement.json_text import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,11 +79,11 @@ def _read_loads(paths: Sequence[Path]) -> NDArray[np.float64]:
 
 def _load_of(line: str, place: str) -> NDArray[np.float64] | None:
     try:
-        record = json.loads(line) if line.strip() else {}
+        record = parse_json(line) if line.strip() else {}
         if record.get("record_type") != LOAD_RECORD:
             return None
         load = np.array(record["expert_load"], dtype=np.float64)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         msg = f"{place}: not a usable {LOAD_RECORD} record: {error!r}"
         raise RecordError(msg) from error
     if load.ndim != 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,11 +76,17 @@ class PlacementOptions:
             if value is not None and not value >= 1.0:
                 msg = f"{name} is max / mean load, at least 1, got {value}"
                 raise StrategyError(msg)
-        if not self.effort > 0 or not 0 <= self.intra_node_cost <= 1:
+        if not 0 < self.effort < math.inf or not 0 <= self.intra_node_cost <= 1:
             msg = (
-                f"effort must be above 0 and intra_node_cost from 0 to 1, "
+                f"effort must be a number above 0 and intra_node_cost from 0 to 1, "
                 f"got {self.effort} and {self.intra_node_cost}"
             )
+            raise StrategyError(msg)
+        if self.seed < 0:
+            msg = f"seed must be a whole number from 0, got {self.seed}"
+            raise StrategyError(msg)
+        if self.time_limit is not None and not self.time_limit > 0:
+            msg = f"time_limit is in seconds, above 0, got {self.time_limit}"
             raise StrategyError(msg)
         if self.max_moves is not None and (self.start is None or self.max_moves < 0):
             msg = "max_moves counts from a plan: give one with --from, and a number from 0"

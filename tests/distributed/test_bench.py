@@ -51,7 +51,9 @@ def test_all_arms_are_measured_alike_on_every_rank(bench):
 def test_prompts_that_are_all_refused_measure_nothing(bench, tmp_path):
     prompts = tmp_path / "long.jsonl"
     prompts.write_text(json.dumps({"prompt": "x" * 1000}) + "\n")
-    with pytest.raises(BenchError, match="every prompt was refused, the first: the prompt has 1000"):
+    with pytest.raises(
+        BenchError, match="every prompt was refused, the first: the prompt has 1000"
+    ):
         run_bench(replace(bench, prompts=prompts, model=replace(bench.model, plan=None)))
 
 

@@ -7,10 +7,10 @@ import torch
 
 import exflow.links
 from exflow.links import LinksError, fit, format_table, measure, measure_links, to_links
-from exflow.runtime.completions import OutputError
 from exflow.runtime.errors import RankFailureError
 from exflow.runtime.ranks import Ranks
 from harness import run_ranks
+from placement.output import OutputError
 from placement.timing import Links
 
 pytestmark = pytest.mark.distributed

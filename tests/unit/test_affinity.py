@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,3 +117,7 @@ def test_a_trace_of_another_model_is_refused(two_domains, tmp_path):
     result = run_affinity(two_domains[0], "--against", tmp_path / "other.safetensors")
     assert isinstance(result.exception, TraceError)
     assert "num_experts is 5 in one, 4 in the other" in str(result.exception)
+    replace(random_trace(), model="else").save(tmp_path / "else.safetensors")
+    result = run_affinity(two_domains[0], "--against", tmp_path / "else.safetensors")
+    assert isinstance(result.exception, TraceError)
+    assert "model is toy in one, else in the other" in str(result.exception)

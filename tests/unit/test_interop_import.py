@@ -336,3 +336,17 @@ def test_an_unknown_engine_and_a_missing_file_are_named(tmp_path):
         read_trace("mlx", [tmp_path], ModelShape())
     with pytest.raises(RecordError, match=r"nothing\.jsonl"):
         read_trace("vllm", [tmp_path / "nothing.jsonl"], ModelShape())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "too deeply nested"),
+        ("[1]", "element 0: expected an object, got int"),
+        ('{"id": ' + "9" * 5000 + "}", "line 1: .*too many digits"),
+    ],
+)
+def test_responses_that_cannot_be_read_are_refused_by_name(tmp_path, text, message):
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(RecordError, match=rf"r\.jsonl.*{message}"):
+        read_trace("sglang", [tmp_path / "r.jsonl"], SHAPE)

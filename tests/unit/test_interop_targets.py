@@ -232,3 +232,33 @@ def test_a_dense_models_config_is_refused(tmp_path):
 def test_layer_lists_that_make_no_sense_are_refused(text):
     with pytest.raises(ConfigError):
         parse_layers(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"num_hidden_layers": ' + "9" * 5000 + "}",
+        '{"num_hidden_layers": "two", "num_experts": 4}',
+        '{"num_hidden_layers": Infinity, "num_experts": 4}',
+        '{"num_hidden_layers": 2, "num_experts": [4]}',
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused_by_name(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: .*"):
+        ModelShape.from_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sglang", "vllm", "vllm-41141", "vllm-ascend", "deepspeed"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000])
+def test_json_that_cannot_be_read_is_refused_by_every_target(name, text):
+    with pytest.raises(ExportError, match="not JSON that can be read"):
+        find_target(name).parse(text, ModelShape(), 4)
+
+
+@pytest.mark.parametrize("row", ["[1,,2]", f"[{'9' * 5000}]"])
+def test_a_row_that_trtllm_cannot_read_is_refused_with_its_line(row):
+    text = f"num_slots: 2\ninitial_global_assignments:\n  0: {row}\n"
+    with pytest.raises(ExportError, match="line 3 is not"):
+        find_target("trtllm").parse(text, ModelShape(), 2)

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from placement.plan import PlacementPlan
+from placement.trace import RoutingTrace
+from placement.traffic import count_traffic
 from planted import planted_trace
 
 
@@ -120,6 +123,103 @@ def test_several_traces_are_weighed(folder, weights):
     assert done.returncode == 0, done.stderr
 
 
+def test_place_warns_of_a_plan_above_the_cap(folder):
+    linear = ("--no-compare", "--strategy", "linear")
+    done = place(folder, "b.json", *linear, "--max-imbalance", "1.0001")
+    assert done.returncode == 0
+    assert "above --max-imbalance 1.0001; only --strategy affinity heeds it" in done.stderr
+    assert place(folder, "b.json", *linear, "--max-imbalance", "9").stderr == ""
+
+
+def test_place_refuses_an_output_that_cannot_be_written_before_it_reads_the_trace(folder):
+    (folder / "results").mkdir()
+    done = call(folder, "place", "no-such-trace", "-o", "results")
+    assert done.returncode == 2
+    assert done.stderr == "error: results: cannot be written, it is a folder; name a file\n"
+    done = call(folder, "place", "no-such-trace", "-o", "trace.safetensors/plan.json")
+    assert done.returncode == 2
+    assert "trace.safetensors/plan.json: cannot be written" in done.stderr
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge", "none", "-o", "folder", "--overwrite"),
+        ("import", "none", "--from", "vllm", "-o", "folder"),
+        ("export", "b.json", "--target", "exflow-csv", "-o", "folder"),
+    ],
+)
+def test_other_outputs_are_refused_before_the_work_too(folder, words):
+    place(folder, "b.json", "--no-compare", "--strategy", "linear")
+    (folder / "folder").mkdir(exist_ok=True)
+    done = call(folder, *words)
+    assert done.returncode == 2
+    assert done.stderr == "error: folder: cannot be written, it is a folder; name a file\n"
+
+
+def test_a_plan_of_loads_alone_predicts_its_load_and_no_rows(folder):
+    trace = RoutingTrace.load(folder / "trace.safetensors")
+    replace(trace, phase="counts").save(folder / "counts.safetensors")
+    done = call(folder, "place", "counts.safetensors", "-o", "l.json", "--strategy", "balanced")
+    assert done.returncode == 0, done.stderr
+    assert "no rows are counted" in done.stdout
+    plan = PlacementPlan.load(folder / "l.json")
+    assert plan.predicted["imbalance"] == count_traffic(trace, plan).imbalance()
+    assert "rows_per_token" not in plan.predicted
+    for words in (
+        ("simulate", "counts.safetensors", "l.json"),
+        ("simulate", "counts.safetensors", "l.json", "--backend", "agrs"),
+        ("compare", "l.json", "l.json", "--trace", "counts.safetensors"),
+    ):
+        done = call(folder, *words)
+        assert done.returncode == 2
+        assert "made from loads alone" in done.stderr
+
+
+def test_simulate_verify_and_compare_refuse_another_model(folder):
+    place(folder, "b.json", "--no-compare", "--strategy", "linear")
+    plan = PlacementPlan.load(folder / "b.json")
+    replace(plan, model="else").save(folder / "else.json")
+    for words in (
+        ("simulate", "trace.safetensors", "else.json"),
+        ("verify", "else.json", "trace.safetensors", "--expected", "trace.safetensors"),
+    ):
+        done = call(folder, *words)
+        assert done.returncode == 2
+        assert "model is planted in the trace, else in the plan" in done.stderr
+    done = call(folder, "compare", "b.json", "else.json")
+    assert done.returncode == 2
+    assert "model is planted in the old plan, else in the new one" in done.stderr
+
+
+def test_verify_refuses_predictions_that_are_no_numbers(folder):
+    place(folder, "b.json", "--no-compare", "--strategy", "linear")
+    plan = PlacementPlan.load(folder / "b.json")
+    for predicted in ({"home": 5}, {"home": {"imbalance": {"max": "x"}}}):
+        replace(plan, predicted=predicted).save(folder / "p.json")
+        done = call(folder, "verify", "p.json", "trace.safetensors")
+        assert done.returncode == 2
+        assert "predicted figures have the wrong type" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("simulate", "trace.safetensors", "b.json", "--hidden-size", "-3"),
+        ("simulate", "trace.safetensors", "b.json", "--kv-elements", "-1"),
+        ("simulate", "trace.safetensors", "b.json", "--element-bytes", "0"),
+        ("simulate", "trace.safetensors", "b.json", "--tokens-per-rank", "0"),
+        ("compare", "b.json", "b.json", "--expert-bytes", "-5"),
+        ("import", "none", "--from", "npy", "-o", "x", "--num-experts", "0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_the_option_named(folder, words):
+    done = call(folder, *words)
+    assert done.returncode == 2
+    assert f"Invalid value for '{words[-2]}'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -131,6 +231,9 @@ def test_several_traces_are_weighed(folder, weights):
         (("--weights", "1,2"), "for each of 1 traces"),
         (("--from", "missing.json"), "no such plan"),
         (("--max-moves", "3"), "--from"),
+        (("--seed", "-1"), "seed must be a whole number from 0"),
+        (("--time-limit", "-1"), "time_limit is in seconds, above 0"),
+        (("--effort", "inf"), "effort must be a number above 0"),
         (("--keep-groups",), "--from"),
         (("--keep-groups", "--strategy", "balanced"), "for --strategy affinity"),
         (("--keep-groups", "--evaluate"), "--evaluate fits plans afresh"),

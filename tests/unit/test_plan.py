@@ -88,10 +88,12 @@ def test_a_plan_refuses_another_job():
     plan.check_for(model="some/toy", num_experts=4, layer_ids=(0,), num_ranks=2)
     with pytest.raises(PlanError, match="for 2 ranks, this job has 4"):
         plan.check_for(model="toy", num_experts=4, layer_ids=(0,), num_ranks=4)
-    with pytest.raises(PlanError, match="made for toy, this model is other"):
+    with pytest.raises(PlanError, match=r"made for toy .*this model is other: model is toy in"):
         plan.check_for(model="other", num_experts=4, layer_ids=(0,), num_ranks=2)
-    with pytest.raises(PlanError, match=r"this model is toy .1 MoE layers of 8.;"):
+    with pytest.raises(PlanError, match="num_experts is 4 in the plan, 8 in this model"):
         plan.check_for(model="toy", num_experts=8, layer_ids=(0,), num_ranks=2)
+    with pytest.raises(PlanError, match="layer_ids is 0 in the plan, 3 in this model"):
+        plan.check_for(model="toy", num_experts=4, layer_ids=(3,), num_ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,16 @@ def test_a_plan_refuses_another_job():
         ({"slots": None}, "missing or has the wrong type"),
         ({"topology": {"num_nodes": 0, "ranks_per_node": 2}}, "at least one node"),
         ({"model": ...}, "'model'"),
+        ({"num_experts": "abc"}, "num_experts must hold whole numbers, got 'abc'"),
+        ({"num_experts": float("nan")}, "whole numbers, got nan"),
+        ({"num_experts": float("inf")}, "whole numbers, got inf"),
+        ({"num_experts": 10**12}, r"no copy of experts \[4, 5, 6"),
+        ({"num_experts": 0}, "at least 1, got 0"),
+        ({"layer_ids": ["x"]}, "layer_ids must hold whole numbers, got 'x'"),
+        ({"topology": {"num_nodes": "two", "ranks_per_node": 2}}, "num_nodes must hold"),
+        ({"strategy": {"name": "a", "seed": "x"}}, "seed must hold whole numbers, got 'x'"),
+        ({"strategy": {"name": "a", "options": ["ab"]}}, "options must be a JSON object"),
+        ({"predicted": 5}, "predicted must be a JSON object, got 5"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_name(tmp_path, change, message):
@@ -113,10 +125,21 @@ def test_a_broken_file_is_refused_with_its_name(tmp_path, change, message):
         PlacementPlan.load(path)
 
 
-def test_text_that_is_no_json_is_refused(tmp_path):
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(PlanError, match="not a usable placement plan"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "too deeply nested"),
+        ('{"num_experts": ' + "9" * 5000 + "}", "a number has too many digits"),
+    ],
+)
+def test_text_that_is_no_json_is_refused(tmp_path, text, message):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match=rf"not a usable placement plan: .*{message}"):
         PlacementPlan.load(tmp_path / "plan.json")
+
+
+def test_a_missing_plan_says_how_to_make_one(tmp_path):
     with pytest.raises(PlanError, match="no such plan; make one with `exflow place"):
         PlacementPlan.load(tmp_path / "other.json")
 

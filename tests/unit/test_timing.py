@@ -157,3 +157,19 @@ def test_keys_and_values_cross_to_each_rank_or_once_to_its_node(plan):
     for dispatch in ("flat", "hierarchical"):
         assert kv_seconds(plan, 2, shape=SHAPE, links=inside, dispatch=dispatch) == sent
         assert kv_seconds(plan, 1, shape=SHAPE, links=inside, dispatch=dispatch) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "too deeply nested"),
+        ('{"inter_latency": ' + "9" * 5000 + "}", "too many digits"),
+        ('{"inter_latency": ' + "9" * 400 + "}", "too large"),
+        ('{"inter_bandwidth": Infinity}', "above 0 and finite, got inf"),
+        ('{"inter_bandwidth": NaN}', "above 0 and finite, got nan"),
+    ],
+)
+def test_links_that_cannot_be_read_are_refused_by_name(tmp_path, text, message):
+    (tmp_path / "links.json").write_text(text)
+    with pytest.raises(TimingError, match=rf"links\.json: links are JSON with .*{message}"):
+        Links.load(tmp_path / "links.json")

@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from placement.output import OutputError
 from placement.trace import RoutingTrace, TraceError, merge_traces
 
 
@@ -100,6 +102,59 @@ def test_traces_of_different_models_do_not_merge():
         merge_traces([full_trace(), dataclasses.replace(full_trace(), num_experts=5)])
 
 
+def test_merging_goes_by_the_last_part_of_a_models_name():
+    copy, nameless = (dataclasses.replace(full_trace(), model=m) for m in ("hub/toy", "unknown"))
+    assert merge_traces([nameless, copy, full_trace()]).model == "hub/toy"
+    with pytest.raises(TraceError, match="model is hub/toy in one, toy-2 in another"):
+        merge_traces([nameless, copy, dataclasses.replace(full_trace(), model="toy-2")])
+
+
+def test_merging_refuses_more_sequences_than_their_ids_can_tell():
+    huge = dataclasses.replace(full_trace(), sequence_ids=np.full(6, 2**31 - 1))
+    assert merge_traces([huge]).sequence_ids.dtype == np.int32
+    with pytest.raises(TraceError, match=r"sequence_ids reach 2147483650.* each trace from 0"):
+        merge_traces([huge, full_trace()])
+
+
+def test_merging_refuses_more_domains_than_their_ids_can_tell():
+    many = dataclasses.replace(full_trace(), domains=tuple(map(str, range(255))))
+    with pytest.raises(TraceError, match="name 257 domains, expected at most 256"):
+        merge_traces([many, full_trace()])
+
+
+def test_loads_alone_stay_loads_alone_when_they_are_merged():
+    counts = dataclasses.replace(full_trace(), phase="counts")
+    assert merge_traces([full_trace(), counts]).phase == "counts"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_ids": "[" * 100_000}, "too deeply nested"),
+        ({"layer_ids": '["x", 1, 2]'}, "layer_ids must list whole numbers"),
+        ({"num_experts": "9" * 5000}, "not a usable routing trace"),
+    ],
+)
+def test_metadata_that_makes_no_sense_is_refused(tmp_path, changes, message):
+    path = tmp_path / "trace.safetensors"
+    full_trace().save(path)
+    with safe_open(path, framework="np") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata | changes)
+    with pytest.raises(TraceError, match=rf"trace\.safetensors: .*{message}"):
+        RoutingTrace.load(path)
+
+
+def test_a_trace_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="it is a folder; name a file"):
+        full_trace().save(tmp_path / "folder")
+    (tmp_path / "t.partial").mkdir()
+    with pytest.raises(OutputError, match="t: cannot be written"):
+        full_trace().save(tmp_path / "t")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "t.partial"]
+
+
 def test_top1_keeps_the_first_expert():
     trace = full_trace()
     assert np.array_equal(trace.top1().expert_ids[:, :, 0], trace.expert_ids[:, :, 0])
@@ -127,6 +182,18 @@ def test_top1_keeps_the_first_expert():
             np.zeros((2, 1, 1)),
             {"expert_weights": np.full((2, 1, 1), np.nan, np.float16)},
             "NaN",
+        ),
+        (np.zeros((2, 1, 1)), {"expert_weights": np.ones((2, 1, 1), int)}, "must be float16"),
+        (np.zeros((2, 1, 1)), {"num_experts": 40000}, "num_experts is 40000, expected at most"),
+        (np.zeros((2, 1, 1)), {"sequence_ids": np.zeros(2)}, "sequence_ids must be int32, got fl"),
+        (np.zeros((2, 1, 1)), {"sequence_ids": np.array([0, -1])}, "sequence_ids run from -1 to 0"),
+        (np.zeros((2, 1, 1)), {"sequence_ids": np.array([0, 1 << 31])}, "to 2147483648, expected"),
+        (np.zeros((2, 1, 1)), {"positions": np.full(2, np.nan)}, "positions must be int32"),
+        (np.zeros((2, 1, 1)), {"positions": np.array([0, -2])}, "positions run from -2 to 0"),
+        (
+            np.zeros((2, 1, 1)),
+            {"domain_ids": np.array([0, -1], np.int8), "domains": ("a",)},
+            "domain_ids run from -1",
         ),
     ],
 )

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.compiled_rules import CompiledRules
+from placement.interop.errors import RecordError
 from placement.plan import PlacementPlan, Strategy
 from placement.rules import choose_ranks, first_owner, next_owner, relays, walk_layers
+from placement.timing import rows_by_kind
 from placement.topology import Topology
 from placement.trace import RoutingTrace
-from placement.traffic import TrafficError, count_traffic, crossing_rate
+from placement.traffic import TrafficError, count_load, count_traffic, crossing_rate
 
 
 def make_trace(expert_ids, num_experts, sequence_ids=None):
@@ -289,8 +291,27 @@ def test_a_trace_of_another_model_is_refused():
     trace = make_trace([[[0]]], num_experts=4)
     with pytest.raises(TrafficError, match="use a plan made from a trace of the same model"):
         count_traffic(trace, make_plan(linear_hosts(1, 8, 2)))
+    plan = make_plan(linear_hosts(1, 4, 2))
+    with pytest.raises(TrafficError, match="model is other in the trace, toy in the plan"):
+        count_traffic(replace(trace, model="other"), plan)
+    with pytest.raises(TrafficError, match="layer_ids is 3 in the trace, 0 in the plan"):
+        crossing_rate(replace(trace, layer_ids=(3,)), plan)
+    for name in ("hub/toy", "/models/toy", "unknown"):
+        count_traffic(replace(trace, model=name), plan)
     with pytest.raises(TrafficError, match="unknown protocol 'away'"):
         count_traffic(trace, make_plan(linear_hosts(1, 4, 2)), protocol="away")
+
+
+def test_rows_of_loads_alone_are_refused_and_loads_are_counted():
+    trace = replace(make_trace([[[0, 1]], [[1, 2]]], num_experts=4), phase="counts")
+    plan = make_plan(linear_hosts(1, 4, 2))
+    for count in (count_traffic, crossing_rate):
+        with pytest.raises(RecordError, match=r"counting rows needs .* made from loads alone"):
+            count(trace, plan)
+    for backend in ("exflow", "deepep-ll", "agrs"):
+        with pytest.raises(RecordError, match="made from loads alone"):
+            rows_by_kind(trace, plan, backend=backend, protocol="home")
+    assert count_load(trace, plan).tolist() == [[3, 1]]
 
 
 def test_relays_are_the_first_from_the_owner_s_place_upwards():

@@ -1,0 +1,66 @@
+"""Files that are written: refused before the work where they cannot be, whole or not there after."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from placement.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class OutputError(UserError):
+    """A file that cannot be written, or that holds something else."""
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that `replacing` cannot write, before hours of work.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    with _naming(path):
+        partial = _partial_of(path)
+        existed = partial.exists()
+        with partial.open("ab"):
+            pass
+        if not existed:
+            partial.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its name when the block ends, or else is removed.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with _naming(path):
+        partial = _partial_of(path)
+        try:
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _partial_of(path: Path) -> Path:
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        msg = f"{path}: cannot be written, it is {what}; name a file"
+        raise OutputError(msg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        msg = f"{path}: cannot be written: {error.strerror or error}; name another file"
+        raise OutputError(msg) from error
