@@ -113,8 +113,8 @@ def run_bench(bench: Bench) -> dict[str, Any]:
     with ranks.connected(first.device, timeout=bench.model.timeout) as liveness, liveness.naming():
         with ranks.agreeing(first.device):
             checkpoint = Checkpoint(first.folder)
-            for model in prepared.values():
-                given |= model.given(checkpoint)
+            for name, model in prepared.items():
+                given |= {f"{name}/{key}": it for key, it in model.given(checkpoint).items()}
         check_same(given, ranks, first.device)
         arms = [
             arm for name, model in prepared.items() for arm in _load(name, model, ranks, engine)

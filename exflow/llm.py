@@ -205,20 +205,24 @@ class LLM:
                     raise LLMError(msg)
                 text, ids = prompt, self.tokenizer(prompt, verbose=False)["input_ids"]
             else:
-                _check_tokens(prompt, self._prepared.definition.vocab_size, index)
-                text, ids = self.tokenizer.decode(prompt), prompt
+                ids = _token_ids(prompt, self._prepared.definition.vocab_size, index)
+                text = self.tokenizer.decode(ids)
             requests.append(Request(index=index, id=index, prompt=text, token_ids=tuple(ids)))
         return requests
 
 
-def _check_tokens(prompt: Any, vocab_size: int, index: int) -> None:
-    tokens = prompt if isinstance(prompt, Iterable) else [None]
+def _token_ids(prompt: Any, vocab_size: int, index: int) -> list[int]:
+    """The tokens of a prompt: a sequence of whole numbers, an array or a tensor."""
+    found = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    is_sequence = isinstance(found, Iterable) and not isinstance(found, (str, bytes))
+    tokens: list[Any] = list(found) if is_sequence else [None]
     if not all(isinstance(token, Integral) and 0 <= int(token) < vocab_size for token in tokens):
         msg = (
             f"prompt {index} must be a text or its token ids, whole numbers from 0 to "
             f"{vocab_size - 1}; got {str(prompt)[:40]}"
         )
         raise LLMError(msg)
+    return [int(token) for token in tokens]
 
 
 def _budget(kv_cache_tokens: int | None, kv_memory: str | int | None) -> KvBudget:

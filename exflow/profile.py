@@ -33,6 +33,7 @@ from exflow.profiling.passes import (
 from exflow.profiling.recorder import RoutingRecorder
 from exflow.runtime.ranks import Ranks
 from placement.errors import UserError
+from placement.output import check_writable
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -134,10 +135,15 @@ def profile(
                 model_name, corpus, output, options, choose_device(device, ranks.local_rank)
             )
             if ranks.is_first:
-                run.parts.open(run.manifest, overwrite=overwrite or run.parts.is_empty())
-        with ranks.agreeing(here):
-            run.parts.open(run.manifest)
-            num_batches = _record_share(run, ranks)
+                run.parts.open(run.manifest, overwrite=overwrite)
+        try:
+            with ranks.agreeing(here):
+                run.parts.open(run.manifest)
+                num_batches = _record_share(run, ranks)
+        except UserError:
+            if ranks.is_first and run.parts.is_empty():  # nothing to go on with: bind nobody
+                run.parts.remove()
+            raise
         if not ranks.is_first:
             return None
         trace = run.parts.merge(num_batches)
@@ -167,6 +173,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         msg = f"{output} is there already; give --overwrite to replace it, or another -o"
         raise ProfileError(msg)
+    check_writable(output)
 
 
 def _open(

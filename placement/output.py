@@ -35,26 +35,34 @@ def check_writable(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write, which takes its name when the block ends, or else is removed.
 
+    A link stays one: what it leads to is replaced, and keeps its permissions.
+
     Raises:
         OutputError: it cannot be written.
     """
     with _naming(path):
         partial = _partial_of(path)
-        try:
-            yield partial
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        partial.open("wb").close()
+    try:
+        yield partial
+        with _naming(path):
+            target = path.resolve()
+            if target.exists():
+                partial.chmod(target.stat().st_mode)
+            partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _partial_of(path: Path) -> Path:
-    if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file"
+    target = path.resolve()
+    if path.is_relative_to("/dev") or (target.exists() and not target.is_file()):
+        what = "a folder" if target.is_dir() else "no regular file"
         msg = f"{path}: cannot be written, it is {what}; name a file"
         raise OutputError(msg)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(path.name + ".partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(target.name + ".partial")
 
 
 @contextmanager

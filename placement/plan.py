@@ -70,6 +70,7 @@ class PlacementPlan:
     outlook: Outlook = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_ids", tuple(map(int, self.layer_ids)))
         if not self.layer_ids or len(self.slots) != len(self.layer_ids):
             msg = f"the plan names {len(self.layer_ids)} layers and places {len(self.slots)}"
             raise PlanError(msg)

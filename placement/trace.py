@@ -25,6 +25,7 @@ FORMAT = "exflow.trace/1"
 COUNTS = "counts"
 """Phase of a trace made from loads alone."""
 MAX_EXPERTS = 1 << 15
+MAX_WEIGHT = float(np.finfo(np.float16).max)
 MAX_DOMAINS = 1 << 8
 MAX_ID = (1 << 31) - 1
 TOKEN_ARRAYS = {
@@ -77,6 +78,7 @@ class RoutingTrace:
     licence: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_ids", tuple(map(int, self.layer_ids)))
         if self.expert_ids.ndim != 3:
             msg = f"expert_ids must be (tokens, layers, top_k), got shape {self.expert_ids.shape}"
             raise TraceError(msg)
@@ -137,6 +139,9 @@ class RoutingTrace:
             self._check_ids("foretold", self.foretold_ids[:, None], self.layer_ids[:1])
         if self.expert_weights is not None and not np.isfinite(self.expert_weights).all():
             msg = "expert_weights holds NaN or infinite values"
+            raise TraceError(msg)
+        if self.expert_weights is not None and np.abs(self.expert_weights).max() > MAX_WEIGHT:
+            msg = f"expert_weights reach beyond {MAX_WEIGHT}, the most that a file's float16 holds"
             raise TraceError(msg)
 
     def _check_ids(self, name: str, ids: NDArray[np.int16], layer_ids: tuple[int, ...]) -> None:

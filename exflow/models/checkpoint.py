@@ -109,10 +109,10 @@ class Checkpoint:
         if index.is_file():
             try:
                 names = parse_json(index.read_bytes())["weight_map"]
-            except (OSError, JsonError, KeyError, TypeError) as error:
+                return {name: self.folder / shard for name, shard in names.items()}
+            except (OSError, JsonError, KeyError, TypeError, AttributeError) as error:
                 msg = f"{index} is not an index of shards: {error}"
                 raise CheckpointError(msg) from error
-            return {name: self.folder / shard for name, shard in names.items()}
         if single.is_file():
             return dict.fromkeys(self._open(single).keys(), single)
         msg = f"{self.folder} has neither {SINGLE} nor {INDEX}; expected safetensors weights"

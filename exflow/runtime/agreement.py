@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from placement.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
@@ -30,10 +30,10 @@ def check_same(given: Mapping[str, Any], ranks: Ranks, device: torch.device) -> 
     Raises:
         AgreementError: on every rank, saying what differs from rank 0 and where.
     """
-    mine = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in given.items()}
+    mine = {name: digest_of([value]) for name, value in given.items()}
     first, *others = ranks.gather(mine, device)
     unlike = {
-        rank: [name for name in first if other.get(name) != first[name]]
+        rank: [name for name in first | other if other.get(name) != first.get(name)]
         for rank, other in enumerate(others, start=1)
         if other != first
     }
@@ -44,3 +44,11 @@ def check_same(given: Mapping[str, Any], ranks: Ranks, device: torch.device) -> 
         )
         msg = f"{told}; start all ranks with the same arguments and files"
         raise AgreementError(msg)
+
+
+def digest_of(values: Iterable[Any]) -> str:
+    """A digest of many values, told apart by `repr`."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode() + b"\n")
+    return digest.hexdigest()

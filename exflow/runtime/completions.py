@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from placement.json_text import JsonError, parse_json
 from placement.output import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
-    from exflow.runtime.prompts import Prompt
     from exflow.runtime.requests import Completion
 
 BEGINNING = b'{"id": '
@@ -27,71 +28,56 @@ class CompletionFile:
     """Appends completions to a file, which may have some from an earlier run.
 
     Attributes:
-        finished: the prompt of each request the file has a completion of, by the request's id.
+        finished: ids of the requests whose completions the file has.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        prompts: Mapping[int | str, str] = MappingProxyType({}),
+        *,
+        retried: Collection[int | str] = (),
+    ) -> None:
         """Read what is there and open the file to append.
 
         A last line without its end was being written when the earlier run was killed: it is cut.
-        Refusals are taken out: a run that grants more memory can do what another could not. The
-        file is locked, so that no two runs append the same requests.
+        The file is locked, so that no two runs append the same requests.
+
+        Args:
+            path: the file.
+            prompts: the prompts of this run, by the ids of their requests.
+            retried: requests that this run can do; if an earlier one refused them, that is
+                taken out.
 
         Raises:
-            OutputError: it cannot be written, or has lines that are no completions; nothing in it
-                is changed then.
+            OutputError: it cannot be written, or has lines that are no completions, or those of
+                other prompts; nothing in it is changed then.
         """
-        self._files = contextlib.ExitStack()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = self._files.enter_context(path.open("ab+"))
-            _lock(self._file, path)
-            self._file.seek(0)
-            content = self._file.read()
-            end = content.rfind(b"\n") + 1
-            lines, torn = content[:end].splitlines(keepends=True), content[end:]
-            found = [
-                _completion(line, f"{path}, line {number}")
-                for number, line in enumerate(lines, start=1)
-            ]
-            if not _is_torn(torn):
-                _completion(torn, f"{path}, line {len(lines) + 1}")
-            kept = [
-                line
-                for line, completion in zip(lines, found, strict=True)
-                if completion["finish_reason"] != "refused"
-            ]
-            if len(kept) < len(lines):
-                self._file = self._files.enter_context(_replace(path, b"".join(kept)))
-            else:
-                self._file.truncate(end)
-        except OSError as error:
-            self._files.close()
-            msg = f"{path}: cannot be written: {error.strerror or error}"
-            raise OutputError(msg) from error
-        except OutputError:
-            self._files.close()
-            raise
-        self.finished: dict[int | str, str] = {
-            completion["id"]: completion["prompt"]
-            for completion in found
-            if completion["finish_reason"] != "refused"
-        }
-        self._path = path
-
-    def check(self, prompts: Iterable[Prompt]) -> None:
-        """Refuse prompts whose ids belong to other prompts in the file.
-
-        Raises:
-            OutputError: naming one of them.
-        """
-        for prompt in prompts:
-            if self.finished.get(prompt.id, prompt.text) != prompt.text:
-                msg = (
-                    f"{self._path} has the completion of another prompt with the id {prompt.id!r}; "
-                    f"name another output, or give each prompt an id of its own"
-                )
-                raise OutputError(msg)
+        with contextlib.ExitStack() as files:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file: BinaryIO = files.enter_context(path.open("ab+"))
+                _lock(self._file, path)
+                self._file.seek(0)
+                content = self._file.read()
+                end = content.rfind(b"\n") + 1
+                lines = content[:end].splitlines(keepends=True)
+                found = _completions(lines, content[end:], path)
+                _check_prompts(found, prompts, path)
+                is_kept = [
+                    done["finish_reason"] != "refused" or done["id"] not in retried
+                    for done in found
+                ]
+                if all(is_kept):
+                    self._file.truncate(end)
+                else:
+                    kept = b"".join(itertools.compress(lines, is_kept))
+                    self._file = files.enter_context(_replace(path, kept))
+            except OSError as error:
+                msg = f"{path}: cannot be written: {error.strerror or error}"
+                raise OutputError(msg) from error
+            self.finished = {done["id"] for done in itertools.compress(found, is_kept)}
+            self._files = files.pop_all()
 
     def __enter__(self) -> CompletionFile:
         return self
@@ -141,6 +127,28 @@ def _replace(path: Path, content: bytes) -> BinaryIO:
     os.fsync(file.fileno())
     partial.replace(path)
     return file
+
+
+def _completions(lines: Sequence[bytes], torn: bytes, path: Path) -> list[dict[str, Any]]:
+    """The completions of a file's lines; its last, unfinished one must be the beginning of one."""
+    found = [
+        _completion(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)
+    ]
+    if not _is_torn(torn):
+        _completion(torn, f"{path}, line {len(lines) + 1}")
+    return found
+
+
+def _check_prompts(
+    found: Iterable[dict[str, Any]], prompts: Mapping[int | str, str], path: Path
+) -> None:
+    for done in found:
+        if prompts.get(done["id"], done["prompt"]) != done["prompt"]:
+            msg = (
+                f"{path} has the completion of another prompt with the id {done['id']!r}; "
+                f"name another output, or give each prompt an id of its own"
+            )
+            raise OutputError(msg)
 
 
 def _is_torn(line: bytes) -> bool:

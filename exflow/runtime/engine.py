@@ -292,10 +292,9 @@ class Engine:
         """Give requests their new tokens, and tell who listens."""
         assert self.scheduler is not None
         if UNSOUND in token_of_slot.values():
-            msg = (
-                f"logits are NaN or infinite at {self.step}: the checkpoint holds such weights, or "
-                f"{self._embedding.dtype} is too narrow for it; try --dtype float32 or bfloat16"
-            )
+            msg = f"logits are NaN or infinite at {self.step}: the checkpoint may hold such weights"
+            if self._embedding.dtype is torch.float16:
+                msg += ", or float16 is too narrow for it: try --dtype bfloat16"
             raise EngineError(msg)
         flights = [flight for flight in self.scheduler.running if flight.slot in token_of_slot]
         completions = self.scheduler.advance(token_of_slot)
@@ -314,6 +313,11 @@ class Engine:
                 )
         return completions
 
+    def can_run(self, requests: Sequence[Request]) -> list[Request]:
+        """Those of some requests that would not be refused."""
+        limits = self._limits(requests)
+        return [request for request in requests if limits.refusal(request) is None]
+
     def _limits(self, requests: Sequence[Request]) -> Limits:
         return Limits.for_requests(
             requests,
@@ -327,7 +331,7 @@ class Engine:
         self, requests: Sequence[Request], limits: Limits
     ) -> tuple[KvCache, StepGraphs | None]:
         """An empty cache, and the steps recorded on it: the last run's if they are of this shape."""
-        pages = [limits.pages(r) for r in requests if limits.refusal(r) is None]
+        pages = [limits.pages(request) for request in self.can_run(requests)]
         shape = {
             "num_pages": limits.num_pages,
             "num_slots": limits.batch_size,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exflow.models.checkpoint import Checkpoint
-from exflow.runtime.agreement import check_same
+from exflow.runtime.agreement import check_same, digest_of
 from exflow.runtime.completions import CompletionFile
 from exflow.runtime.model import ModelOptions, PreparedModel, load_engine, prepare_model
 from exflow.runtime.progress import with_progress
@@ -28,6 +28,8 @@ from placement.output import check_writable, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from exflow.runtime.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,9 @@ def run_job(job: Job) -> None:
         check_same(given, ranks, prepared.device)
         with ranks.agreeing(prepared.device):
             engine = load_engine(prepared, checkpoint, ranks, recorder=recorder)
-            output = files.enter_context(_open_output(job, prompts)) if ranks.is_first else None
+            output = None
+            if ranks.is_first:
+                output = files.enter_context(_open_output(job, requests, engine))
         liveness.where = lambda: engine.step
         found = ranks.gather(None if output is None else list(output.finished), prepared.device)[0]
         finished = set(found)
@@ -136,20 +140,22 @@ def run_job(job: Job) -> None:
 def _given(job: Job, requests: list[Request]) -> dict[str, Any]:
     """What the ranks of a job must have been given alike, besides the model."""
     return {
-        "prompts": [(request.id, request.token_ids) for request in requests],
+        "prompts": digest_of((request.id, request.token_ids) for request in requests),
         "metrics": job.metrics is not None,
         "record-trace": job.trace is not None,
         **{option.name: getattr(job.sampling, option.name) for option in fields(job.sampling)},
     }
 
 
-def _open_output(job: Job, prompts: list[Prompt]) -> CompletionFile:
+def _open_output(job: Job, requests: list[Request], engine: Engine) -> CompletionFile:
     for path in (job.metrics, job.trace):
         if path is not None:
             check_writable(path)
-    output = CompletionFile(job.output)
-    output.check(prompts)
-    return output
+    return CompletionFile(
+        job.output,
+        {request.id: request.prompt for request in requests},
+        retried={request.id for request in engine.can_run(requests)},
+    )
 
 
 def _tell_what_is_left(job: Job, num_left: int, num_prompts: int) -> None:

@@ -71,8 +71,8 @@ def _parse(line: str, index: int, *, where: str) -> Prompt:
     if not isinstance(text, str):
         msg = f'{where}: expected an object with a string "prompt" or "text"'
         raise PromptError(msg)
-    if not can_encode(text):
-        msg = f"{where}: the prompt holds half a surrogate pair, which is no text"
+    if not can_encode(text) or not can_encode(str(name)):
+        msg = f"{where}: the prompt or its id holds half a surrogate pair, which is no text"
         raise PromptError(msg)
     if not isinstance(name, (int, str)) or isinstance(name, bool):
         msg = f"{where}: id must be a string or a whole number, got {name!r}"

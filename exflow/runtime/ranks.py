@@ -209,18 +209,19 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreeing(self, device: torch.device) -> Iterator[None]:
-        """Runs a block on every rank; if a user error stops one, an error stops all.
+        """Runs a block on every rank; if an error stops one, an error stops all.
 
         Raises:
-            UserError: the rank's own error.
+            Exception: the rank's own error.
             RankFailureError: the first error of another rank.
         """
-        problem: UserError | None = None
+        problem: Exception | None = None
         try:
             yield
-        except UserError as error:
+        except Exception as error:  # it is raised when the others know
             problem = error
-        problems = self.gather(None if problem is None else str(problem), device)
+        told = None if problem is None else str(problem) or type(problem).__name__
+        problems = self.gather(told, device)
         if problem is not None:
             raise problem
         for rank, message in enumerate(problems):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,10 +71,14 @@ class SamplingParams:
             if not holds:
                 msg = f"{name} must be {expected[name]}, got {getattr(self, name)!r}"
                 raise SamplingError(msg)
+        for name in ("top_k", "seed", "max_tokens"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    """Its items, or itself as the only one, to be judged."""
+    """Its items, those of a set in order, or itself as the only one, to be judged."""
+    if isinstance(value, Set):
+        return tuple(sorted(value, key=repr))
     return tuple(value) if isinstance(value, Iterable) else (value,)
 
 

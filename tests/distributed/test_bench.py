@@ -1,6 +1,7 @@
 """`exflow bench` on two ranks: all arms decode the same tokens, and rows are those of the plan."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,21 @@ def test_all_arms_are_measured_alike_on_every_rank(bench):
         assert row["rows_per_token"] > 0
     assert first["arms"]["home/linear"]["rows_per_token"] >= 2  # one expert elsewhere, most often
     assert "coherent/plan" in format_table(first)
+
+
+def run_own(benches):
+    try:
+        run_bench(benches[int(os.environ["RANK"])])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_plan_on_one_rank_only_is_noticed(bench):
+    """Experts in order, as without a plan."""
+    without = replace(bench, model=replace(bench.model, plan=None))
+    for told in run_ranks(2, run_own, [bench, without]):
+        assert "rank 1 was not given the same plan/" in told
 
 
 def test_prompts_that_are_all_refused_measure_nothing(bench, tmp_path):

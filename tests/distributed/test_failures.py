@@ -128,4 +128,4 @@ def test_two_runs_do_not_write_the_same_file(tmp_path):
     with CompletionFile(path), pytest.raises(ValueError, match="another run is writing it"):
         CompletionFile(path)
     with CompletionFile(path) as again:
-        assert again.finished == {}
+        assert again.finished == set()

@@ -45,6 +45,13 @@ FINISHED = (
     + "\n"
 )
 
+REFUSED = (
+    json.dumps(
+        {"id": 3, "prompt": "2 + 2 =", "text": "", "token_ids": [], "finish_reason": "refused"}
+    )
+    + "\n"
+)
+
 PLAN = {
     "format": "exflow.plan/1",
     "model": "tiny",
@@ -126,7 +133,7 @@ def test_a_job_writes_completions_metrics_and_a_trace(job, tmp_path):
     job.output.write_text("".join(first) + '{"id": "a", "pro')
     assert run_ranks(2, try_jobs, [job]) == [[None]] * 2
     assert sorted(job.output.read_text().splitlines()) == sorted(whole.splitlines())
-    skipped = {json.loads(line)["id"] for line in first} - {17}  # what was refused is tried again
+    skipped = {json.loads(line)["id"] for line in first}
     metrics = json.loads(job.metrics.read_text())
     assert metrics["requests"]["skipped"] == len(skipped)
     assert metrics["requests"]["finished"] == len({"a", 1, 3} - skipped)
@@ -166,12 +173,15 @@ def test_every_mistake_is_reported_on_every_rank(job, model, tmp_path):
         "the KV memory holds no page": {"engine": EngineOptions(kv_budget=KvBudget(tokens=15))},
         "cannot be written": {"output": blocked / "completions.jsonl"},
         "not a completion": {"output": write("else.jsonl", "[1]\n")},
-        "line 2: not a completion": {
-            "output": write("other.jsonl", FINISHED + '{"prompt": "a"}\n')
+        "line 3: not a completion": {
+            "output": write("other.jsonl", FINISHED + REFUSED + '{"prompt": "a"}\n')
         },
         "of another prompt with the id 'a'": {
-            "output": write("same-ids.jsonl", FINISHED.replace("quick", "slow"))
+            "output": write(
+                "same-ids.jsonl", FINISHED.replace("quick", "slow") + REFUSED + '{"id": 5, "pro'
+            )
         },
+        "its id holds half": {"prompts": write("id.jsonl", '{"prompt": "a", "id": "\\ud800"}\n')},
         "half a surrogate pair": {"prompts": write("half.jsonl", '{"prompt": "\\ud800"}\n')},
         "has no tokenizer files": {"model": str(without_tokenizer(model, tmp_path / "tiny"))},
         "not of a qwen3_moe model": {
@@ -266,6 +276,19 @@ def test_more_memory_lets_a_refused_request_run(job):
     again = {line["id"]: line["finish_reason"] for line in read(tight.output)}
     assert again == {"a": "length", 1: "length", 17: "refused", 3: "length"}
     assert len(read(tight.output)) == len(LINES)
+
+
+def test_what_cannot_run_is_refused_once_and_metrics_of_the_others_stay(job, tmp_path):
+    """Nor does a run take out the refusals of prompts that are not its own."""
+    first = job(metrics=tmp_path / "metrics.json")
+    assert run_ranks(1, try_jobs, [first, first]) == [[None, None]]
+    assert json.loads(first.metrics.read_text())["requests"]["finished"] == 3
+    before = first.output.read_text()
+    others = tmp_path / "others.jsonl"
+    others.write_text('{"id": "b", "prompt": "More"}\n')
+    assert run_ranks(1, try_jobs, [job(prompts=others)]) == [[None]]
+    assert first.output.read_text().startswith(before)
+    assert read(first.output)[-1]["id"] == "b"
 
 
 def test_weights_that_are_no_numbers_end_the_run_on_every_rank(job, model, tmp_path):

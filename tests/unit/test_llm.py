@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from exflow import LLM, SamplingParams
 from tiny_checkpoints import qwen3_moe, save_byte_tokenizer
@@ -39,6 +40,8 @@ def test_token_ids_are_prompts_too_and_one_text_is_one_prompt(llm):
     (text,) = llm.generate(PROMPTS[0])
     (ids,) = llm.generate([llm.tokenizer(PROMPTS[0])["input_ids"]])
     assert text.token_ids == ids.token_ids
+    (tensor,) = llm.generate([torch.tensor(llm.tokenizer(PROMPTS[0])["input_ids"])])
+    assert text.token_ids == tensor.token_ids
     assert ids.request.prompt == PROMPTS[0]
 
 

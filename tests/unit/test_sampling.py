@@ -123,6 +123,11 @@ def test_rows_with_different_parameters_get_what_each_gets_alone():
     assert together[0] == logits[0].argmax()
 
 
+def test_parameters_alike_are_the_same_whatever_holds_them():
+    params = SamplingParams(seed=np.int32(3), max_tokens=np.int64(5), stop={"b", "aa"})
+    assert repr(params) == repr(SamplingParams(seed=3, max_tokens=5, stop=("aa", "b")))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
