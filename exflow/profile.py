@@ -135,6 +135,7 @@ def profile(
                 model_name, corpus, output, options, choose_device(device, ranks.local_rank)
             )
             if ranks.is_first:
+                check_writable(output)
                 run.parts.open(run.manifest, overwrite=overwrite)
         try:
             with ranks.agreeing(here):
@@ -173,7 +174,6 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         msg = f"{output} is there already; give --overwrite to replace it, or another -o"
         raise ProfileError(msg)
-    check_writable(output)
 
 
 def _open(

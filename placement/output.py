@@ -28,7 +28,7 @@ def check_writable(path: Path) -> None:
         with partial.open("ab"):
             pass
         if not existed:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

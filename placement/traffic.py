@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from placement.errors import UserError
-from placement.interop.counts import require_routing
 from placement.rules import first_owner, relays, walk_layers
+from placement.trace import COUNTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -122,7 +122,7 @@ def count_traffic(
     Raises:
         TrafficError: if trace and plan are of different models, the protocol is unknown, or
             dispatch is replicated and not all ranks are in one domain.
-        RecordError: if the trace carries loads only.
+        TrafficError: if the trace carries loads only.
     """
     check_rows(trace, plan)
     size = _domain_size(protocol, coherence_domain)
@@ -155,10 +155,24 @@ def check_rows(trace: RoutingTrace, plan: PlacementPlan) -> None:
 
     Raises:
         TrafficError: naming what differs.
-        RecordError: saying what to record instead.
+        TrafficError: saying what to record instead.
     """
     _check_model(trace, plan)
     require_routing(trace, "counting rows")
+
+
+def require_routing(trace: RoutingTrace, purpose: str) -> None:
+    """Refuse a trace that carries loads only.
+
+    Raises:
+        TrafficError: saying what to record instead.
+    """
+    if trace.phase == COUNTS:
+        msg = (
+            f"{purpose} needs to see which experts a token uses together; this trace was made from "
+            f"loads alone ({trace.source}), which serve only to balance load; record routed experts"
+        )
+        raise TrafficError(msg)
 
 
 def _check_model(trace: RoutingTrace, plan: PlacementPlan) -> None:

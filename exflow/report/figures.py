@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from placement.errors import UserError
-from placement.interop.counts import require_routing
 from placement.json_text import parse_json
 from placement.plan import PlacementPlan
 from placement.stability import describe_stability
@@ -17,7 +16,7 @@ from placement.statistics import describe
 from placement.strategies.linear import place as place_linear
 from placement.topology import Topology
 from placement.trace import RoutingTrace, merge_traces
-from placement.traffic import PROTOCOLS, Protocol, Traffic, count_traffic
+from placement.traffic import PROTOCOLS, Protocol, Traffic, count_traffic, require_routing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -24,10 +24,10 @@ def affinity(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Measure the affinity of a routing trace: its strength, its load, its stability."""
-    from placement.interop.counts import require_routing
     from placement.stability import describe_stability
     from placement.statistics import describe
     from placement.trace import RoutingTrace, merge_traces
+    from placement.traffic import require_routing
 
     trace = merge_traces([RoutingTrace.load(path) for path in traces])
     other = None if against is None else RoutingTrace.load(against)

@@ -117,13 +117,14 @@ def place(
     """Place the experts of a model: write a plan, print what it is worth on held-out tokens."""
     from dataclasses import replace
 
-    from placement.interop.counts import LOAD_STRATEGIES, require_routing
+    from placement.interop.counts import LOAD_STRATEGIES
     from placement.output import check_writable
     from placement.plan import PlacementPlan
     from placement.strategies import PlacementOptions, StrategyError
     from placement.timing import Links, protocol_for
     from placement.topology import Topology
     from placement.trace import COUNTS, RoutingTrace, merge_traces
+    from placement.traffic import require_routing
 
     if backend != "exflow" and (evaluate or weights == "fair"):
         msg = f"--evaluate and --weights fair count exflow's rows; leave them out with {backend}"

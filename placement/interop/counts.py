@@ -56,20 +56,6 @@ def trace_of_counts(
     )
 
 
-def require_routing(trace: RoutingTrace, purpose: str) -> None:
-    """Refuse a trace that carries loads only.
-
-    Raises:
-        RecordError: saying what to record instead.
-    """
-    if trace.phase == COUNTS:
-        msg = (
-            f"{purpose} needs to see which experts a token uses together; this trace was made from "
-            f"loads alone ({trace.source}), which serve only to balance load; record routed experts"
-        )
-        raise RecordError(msg)
-
-
 def _moe_layers(
     counts: NDArray[np.float64], shape: ModelShape
 ) -> tuple[NDArray[np.float64], tuple[int, ...]]:

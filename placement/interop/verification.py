@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from placement.interop.counts import require_routing
 from placement.interop.errors import RecordError
 from placement.interop.model_shape import ModelShape
 from placement.interop.targets import read_export
-from placement.traffic import PROTOCOLS, count_traffic
+from placement.traffic import PROTOCOLS, count_traffic, require_routing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from placement.interop.counts import require_routing
 from placement.interop.errors import ConfigError, RecordError
 from placement.interop.importers import read_trace
 from placement.interop.model_shape import ModelShape
+from placement.traffic import TrafficError, require_routing
 
 SHAPE = ModelShape(num_layers=4, moe_layers=(1, 2, 3), num_experts=8, top_k=2)
 
@@ -253,7 +253,7 @@ def test_sglangs_stat_dump_gives_loads_that_an_affinity_plan_refuses(tmp_path):
     assert trace.phase == "counts"
     load = np.bincount(trace.expert_ids[:, 0].ravel(), minlength=8)
     assert np.allclose(load / load.sum(), np.arange(1, 9) / 36, atol=0.01)
-    with pytest.raises(RecordError, match="experts a token uses together"):
+    with pytest.raises(TrafficError, match="experts a token uses together"):
         require_routing(trace, "strategy affinity")
 
 

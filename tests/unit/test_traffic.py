@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.compiled_rules import CompiledRules
-from placement.interop.errors import RecordError
 from placement.plan import PlacementPlan, Strategy
 from placement.rules import choose_ranks, first_owner, next_owner, relays, walk_layers
 from placement.timing import rows_by_kind
@@ -306,10 +305,10 @@ def test_rows_of_loads_alone_are_refused_and_loads_are_counted():
     trace = replace(make_trace([[[0, 1]], [[1, 2]]], num_experts=4), phase="counts")
     plan = make_plan(linear_hosts(1, 4, 2))
     for count in (count_traffic, crossing_rate):
-        with pytest.raises(RecordError, match=r"counting rows needs .* made from loads alone"):
+        with pytest.raises(TrafficError, match=r"counting rows needs .* made from loads alone"):
             count(trace, plan)
     for backend in ("exflow", "deepep-ll", "agrs"):
-        with pytest.raises(RecordError, match="made from loads alone"):
+        with pytest.raises(TrafficError, match="made from loads alone"):
             rows_by_kind(trace, plan, backend=backend, protocol="home")
     assert count_load(trace, plan).tolist() == [[3, 1]]
 
