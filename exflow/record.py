@@ -18,6 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from placement.errors import UserError
+from placement.json_text import JsonError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 ENGINES = ("vllm", "sglang")
 RETRIES = 4
+BEGINNING = b'{"id":'
+FIELDS = {"id", "engine", "routed_experts"}
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +158,7 @@ def read_done(output: Path) -> set[str]:
     whole = 0
     with output.open("r+b") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and _is_torn(line):
                 break
             done.add(_name_of(line, f"{output}, line {number}"))
             whole += len(line)
@@ -163,12 +166,26 @@ def read_done(output: Path) -> set[str]:
     return done
 
 
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without its end is an answer, or the beginning of one."""
+    try:
+        return set(parse_json(line)) >= FIELDS
+    except JsonError:
+        return line.startswith(BEGINNING[: len(line)])
+    except TypeError:
+        return False
+
+
 def _name_of(line: bytes, place: str) -> str:
     try:
-        return str(json.loads(line)["id"])
-    except (ValueError, KeyError, TypeError) as error:
+        answer = parse_json(line)
+        is_answer = set(answer) >= FIELDS
+    except (JsonError, TypeError):
+        is_answer = False
+    if not is_answer:
         msg = f"{place}: not a line of `exflow record`; name another output file"
-        raise ServerError(msg) from error
+        raise ServerError(msg)
+    return str(answer["id"])
 
 
 def _append(file: BinaryIO, line: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from placement.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 
@@ -16,12 +16,19 @@ class OutputError(UserError):
     """A file that cannot be written, or that holds something else."""
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a path that `replacing` cannot write, before hours of work.
+def check_writable(path: Path, *, inputs: Iterable[Path | None] = ()) -> None:
+    """Refuse a path that `replacing` cannot write, or should not, before hours of work.
+
+    Args:
+        path: what will be written.
+        inputs: what is read, and must not be written over.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: it cannot, or is one of the inputs.
     """
+    if path.resolve() in {read.resolve() for read in inputs if read is not None}:
+        msg = f"{path}: it is read here, and would be overwritten; name another output"
+        raise OutputError(msg)
     with _naming(path):
         partial = _partial_of(path)
         existed = partial.exists()

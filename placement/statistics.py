@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from placement.affinity import AffinityGraph, count_pairs, count_transitions
+from placement.trace import RoutingTrace, TraceError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from placement.trace import RoutingTrace
 
 
 def describe(trace: RoutingTrace) -> dict[str, Any]:
@@ -30,7 +29,13 @@ def describe(trace: RoutingTrace) -> dict[str, Any]:
     `load_skew`, `concentration`, `mutual_information` (`top1`: the first choices only, `topk`: all
     pairs of choices), `coactivation`, which is None for top-1, and `foretold`, which is None where
     the trace foretells nothing.
+
+    Raises:
+        TraceError: the trace has one layer only.
     """
+    if trace.num_layers < 2:
+        msg = "affinity is between MoE layers, and the trace has only one"
+        raise TraceError(msg)
     graph = AffinityGraph.from_trace(trace)
     shuffled, within = trace.shuffled_layers(), shuffled_within_sequences(trace)
     null, null_within = count_transitions(shuffled), count_transitions(within)

@@ -31,7 +31,8 @@ def report(
     from exflow.report.page import render
     from placement.output import check_writable, replacing
 
-    check_writable(output)
+    inputs = (trace, plan, held_out, metrics)
+    check_writable(output, inputs=[path for paths in inputs for path in paths or []])
     models = gather(trace, plan or [], held_out=held_out or [], metrics=metrics or [])
     with replacing(output) as partial:
         partial.write_text(render(models), encoding="utf-8")

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
@@ -30,7 +31,6 @@ from exflow.models.gpt_moe import ACTIVATIONS, MODEL_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import torch
 
@@ -98,9 +98,22 @@ def convert_deepspeed(source: Path, output: Path, options: GptOptions) -> dict[s
     config |= {"num_experts": len(checkpoint.experts[0]), "n_inner": checkpoint.inner_size()}
     for name in [name for name in tensors if ".attn.c_attn." in name]:
         tensors[name] = _heads_last(tensors[name], num_heads)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as folder:
+        partial = Path(folder) / output.name
+        partial.mkdir()
+        _write_shards(checkpoint, tensors, config, partial)
+        partial.replace(output)
+    return config
+
+
+def _write_shards(
+    checkpoint: DeepSpeedCheckpoint,
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    partial: Path,
+) -> None:
+    """The checkpoint in an empty folder: a shard for the dense part, one for each MoE layer."""
     writer = _ShardWriter(partial, num_shards=1 + len(checkpoint.experts))
     writer.write(tensors)
     for number in range(len(checkpoint.experts)):
@@ -111,8 +124,6 @@ def convert_deepspeed(source: Path, output: Path, options: GptOptions) -> dict[s
     writer.finish()
     text = json.dumps(config, indent=2) + "\n"
     (partial / "config.json").write_text(text, encoding="utf-8")
-    partial.replace(output)
-    return config
 
 
 class _ShardWriter:

@@ -60,6 +60,11 @@ def up(cluster: Cluster, *, is_kept: bool) -> None:
         BoxError: there is one of this name, or the machine cannot.
     """
     registry.claim(cluster, is_kept=is_kept)
+    taken = set(cluster.namespaces) & namespaces()
+    if taken:
+        registry.release(cluster)
+        msg = f"namespaces {sorted(taken)} are there, and not this tool's; choose another --name"
+        raise BoxError(msg)
     try:
         for command in up_commands(cluster):
             call(command)

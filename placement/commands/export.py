@@ -40,7 +40,7 @@ def export(
     if target == "checkpoint":
         _export_checkpoint(placed, source, output)
         return
-    check_writable(output)
+    check_writable(output, inputs=[plan, config])
     if fill:
         placed = _filled(placed, output)
     found = find_target(target)

@@ -43,7 +43,7 @@ def import_trace(
     from placement.interop.model_shape import ModelShape, parse_layers
     from placement.output import check_writable
 
-    check_writable(output)
+    check_writable(output, inputs=[*files, config])
     shape = (ModelShape.from_config(config) if config else ModelShape()).override(
         model=model,
         num_experts=num_experts,

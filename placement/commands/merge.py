@@ -22,7 +22,7 @@ def merge(
     if output.exists() and not overwrite:
         msg = f"{output} is there already; give --overwrite to replace it, or another -o"
         raise TraceError(msg)
-    check_writable(output)
+    check_writable(output, inputs=traces)
     merged = merge_traces([RoutingTrace.load(path) for path in traces])
     merged.save(output)
     typer.echo(

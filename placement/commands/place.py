@@ -132,7 +132,7 @@ def place(
     if keep_groups and (evaluate or strategy != "affinity"):
         msg = "--keep-groups is for --strategy affinity; --evaluate fits plans afresh: leave it out"
         raise StrategyError(msg)
-    check_writable(output)
+    check_writable(output, inputs=[*traces, links])
     parts = [RoutingTrace.load(path) for path in traces]
     trace = merge_traces(parts)
     if evaluate or strategy.replace("-", "_") not in LOAD_STRATEGIES:

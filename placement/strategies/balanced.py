@@ -64,6 +64,8 @@ def balance_layer(
 def replicate(load: NDArray[np.float64], room: int, *, most: int) -> NDArray[np.int64]:
     """Copies of each expert: every further one goes where the load of a copy is highest."""
     copies = np.ones(len(load), dtype=np.int64)
+    if not len(load):  # a node without experts: there are more nodes
+        return copies
     for _ in range(room - len(load)):
         share = np.where(copies < most, load / copies, -1.0)
         if share.max() < 0:

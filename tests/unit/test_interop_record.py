@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from exflow.prompts import read_prompts
-from exflow.record import Prompt, ServerError, find_server, record
+from exflow.record import Prompt, ServerError, find_server, read_done, record
 from placement.interop.importers import read_trace
 from placement.interop.model_shape import ModelShape
 
@@ -150,3 +150,24 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
     (tmp_path / "b.jsonl").write_text(line + "\n")
     with pytest.raises(ServerError, match="line 1: not a prompt"):
         list(read_prompts([tmp_path / "b.jsonl"], max_characters=10))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"important": "config"}', '{"id":1,"prompt":"a"}', '{"id": 1, "prompt": "a"}\n', "a"],
+)
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path, content):
+    output = tmp_path / "else.json"
+    output.write_text(content)
+    with pytest.raises(ServerError, match="not a line of `exflow record`"):
+        read_done(output)
+    assert output.read_text() == content
+
+
+def test_an_answer_without_its_end_is_cut(tmp_path):
+    output = tmp_path / "answers.jsonl"
+    answer = '{"id":"a","engine":"vllm","routed_experts":"x"}'
+    for torn in ("", '{"id":"b","en', "{", answer):
+        output.write_text(f"{answer}\n{torn}")
+        assert read_done(output) == {"a"}
+        assert output.read_text() == f"{answer}\n"

@@ -37,3 +37,11 @@ def test_folders_and_devices_are_refused(tmp_path):
             check_writable(path)
         with pytest.raises(OutputError, match=what), replacing(path):
             pass
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(OutputError, match="it is read here, and would be overwritten"):
+        check_writable(tmp_path / "." / "file", inputs=[None, path])
+    assert path.read_text() == "old"

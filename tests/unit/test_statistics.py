@@ -190,3 +190,8 @@ def test_loads_do_not_pass_for_affinity():
     one, other = (AffinityGraph.from_trace(trace).transitions for trace in traces)
     assert abs(stability.correlate(one, other)) < 0.2
     assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.9
+
+
+def test_one_layer_has_no_affinity_to_describe():
+    with pytest.raises(TraceError, match="the trace has only one"):
+        describe(chain_trace(100, layers=1))

@@ -285,3 +285,9 @@ def test_a_plan_tells_how_it_was_made(trace, tmp_path):
     assert data["strategy"]["options"]["max_imbalance"] == 1.4
     assert data["predicted"]["imbalance_mean"] <= 1.4
     assert PlacementPlan.load(tmp_path / "plan.json").strategy.name == "affinity"
+
+
+def test_nodes_may_be_more_than_experts(trace):
+    topology = Topology(num_nodes=trace.num_experts + 1, ranks_per_node=2)
+    plan = place("balanced", trace, topology)
+    assert plan.hosts().any(axis=2).all()
