@@ -51,9 +51,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         CheckpointError: There is none.
     """
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(
-        logging.ERROR
-    )  # it warns of architectures that it does not know
+    transformers_logging.set_verbosity(logging.ERROR)  # it warns of families it does not know
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from placement.errors import UserError
-from placement.trace import RoutingTrace, merge_traces
+from placement.merging import merge_traces
+from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

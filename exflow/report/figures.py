@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from placement.errors import UserError
 from placement.json_text import parse_json
+from placement.merging import merge_traces
 from placement.plan import PlacementPlan
 from placement.stability import describe_stability
 from placement.statistics import describe
 from placement.strategies.linear import place as place_linear
 from placement.topology import Topology
-from placement.trace import RoutingTrace, merge_traces
+from placement.trace import RoutingTrace
 from placement.traffic import PROTOCOLS, Protocol, Traffic, count_traffic, require_routing
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ def affinity(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Measure the affinity of a routing trace: its strength, its load, its stability."""
+    from placement.merging import merge_traces
     from placement.stability import describe_stability
     from placement.statistics import describe
-    from placement.trace import RoutingTrace, merge_traces
+    from placement.trace import RoutingTrace
     from placement.traffic import require_routing
 
     trace = merge_traces([RoutingTrace.load(path) for path in traces])

@@ -16,8 +16,9 @@ def merge(
     ] = False,
 ) -> None:
     """Join routing traces of one model; sequences stay apart, kinds of text keep their names."""
+    from placement.merging import merge_traces
     from placement.output import check_writable
-    from placement.trace import RoutingTrace, TraceError, merge_traces
+    from placement.trace import RoutingTrace, TraceError
 
     if output.exists() and not overwrite:
         msg = f"{output} is there already; give --overwrite to replace it, or another -o"

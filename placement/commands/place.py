@@ -118,12 +118,13 @@ def place(
     from dataclasses import replace
 
     from placement.interop.counts import LOAD_STRATEGIES
+    from placement.merging import merge_traces
     from placement.output import check_writable
     from placement.plan import PlacementPlan
     from placement.strategies import PlacementOptions, StrategyError
     from placement.timing import Links, protocol_for
     from placement.topology import Topology
-    from placement.trace import COUNTS, RoutingTrace, merge_traces
+    from placement.trace import COUNTS, RoutingTrace
     from placement.traffic import require_routing
 
     if backend != "exflow" and (evaluate or weights == "fair"):
@@ -175,8 +176,8 @@ def _token_weights(
     import numpy as np
 
     from placement.domains import domains_of, even_weights, fair_weights
+    from placement.merging import merge_traces
     from placement.strategies import StrategyError
-    from placement.trace import merge_traces
 
     if weights in ("even", "fair"):
         groups = [np.full(part.num_tokens, index) for index, part in enumerate(parts)]

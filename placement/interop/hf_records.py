@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from placement.interop.errors import RecordError
-from placement.trace import RoutingTrace, merge_traces
+from placement.merging import merge_traces
+from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

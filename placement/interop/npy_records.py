@@ -17,7 +17,7 @@ from placement.interop.counts import trace_of_counts
 from placement.interop.errors import RecordError
 from placement.interop.request_files import load_npy
 from placement.interop.trace_parts import Request, TraceParts
-from placement.trace import merge_traces
+from placement.merging import merge_traces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

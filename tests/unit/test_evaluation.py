@@ -20,9 +20,9 @@ from placement.evaluation import (
     format_table,
     measure,
 )
+from placement.merging import merge_traces
 from placement.strategies import PlacementOptions, get_strategy
 from placement.topology import Topology
-from placement.trace import merge_traces
 from placement.traffic import count_traffic
 from planted import planted_trace
 

@@ -193,7 +193,7 @@ def test_plans_for_different_machines_are_not_compared(trace):
 
 def test_weighted_tokens_pull_the_plan_their_way():
     first, second = (planted_trace(experts=16, noise=0.0, seed=s) for s in (1, 2))
-    from placement.trace import merge_traces
+    from placement.merging import merge_traces
 
     both = merge_traces([first, second])
     rows = []

@@ -7,8 +7,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from placement.merging import merge_traces
 from placement.output import OutputError
-from placement.trace import RoutingTrace, TraceError, merge_traces
+from placement.trace import RoutingTrace, TraceError
 
 
 def make_trace(expert_ids, **fields):
