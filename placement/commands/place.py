@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -77,7 +82,11 @@ def place(
         ),
     ] = 1.0,
     time_limit: Annotated[
-        float | None, typer.Option(help="Seconds after which the best plan so far is taken.")
+        float | None,
+        typer.Option(
+            help="Seconds for the search or the solver, which then hurries to an end; Ctrl-C ends "
+            "affinity's so, too."
+        ),
     ] = None,
     start: Annotated[
         Path | None, typer.Option("--from", help="A plan to start from instead of a fresh one.")
@@ -130,13 +139,23 @@ def place(
     if backend != "exflow" and (evaluate or weights == "fair"):
         msg = f"--evaluate and --weights fair count exflow's rows; leave them out with {backend}"
         raise StrategyError(msg)
-    if keep_groups and (evaluate or strategy != "affinity"):
-        msg = "--keep-groups is for --strategy affinity; --evaluate fits plans afresh: leave it out"
+    strategy = strategy.replace("-", "_")
+    for_affinity = {
+        "--mean-imbalance": mean_imbalance,
+        "--from": start,
+        "--max-moves": max_moves,
+        "--keep-groups": keep_groups,
+        "--spread": spread,
+        "--weights": weights,
+    }
+    _check_strategy(strategy, for_affinity)
+    if keep_groups and evaluate:
+        msg = "--evaluate fits plans afresh: leave it out with --keep-groups"
         raise StrategyError(msg)
     check_writable(output, inputs=[*traces, links])
     parts = [RoutingTrace.load(path) for path in traces]
     trace = merge_traces(parts)
-    if evaluate or strategy.replace("-", "_") not in LOAD_STRATEGIES:
+    if evaluate or strategy not in LOAD_STRATEGIES:
         require_routing(trace, f"strategy {strategy}")
     topology = Topology(num_nodes=nodes, ranks_per_node=ranks_per_node)
     options = PlacementOptions(
@@ -152,17 +171,64 @@ def place(
         max_moves=max_moves,
         keep_groups=keep_groups,
         spread=spread,
+        shows_progress=True,
     )
     if links is not None:
         options = replace(options, intra_node_cost=Links.load(links).intra_node_cost)
-    if weights is not None:
-        given = _token_weights(parts, weights, topology, slots_per_rank, options)
-        options = replace(options, token_weights=given)
-    _write_plan(output, strategy, trace, topology, slots_per_rank, options)
+    with _best_on_interrupt(strategy) as interrupt:
+        options = replace(options, interrupt=interrupt)
+        if weights is not None:
+            given = _token_weights(parts, weights, topology, slots_per_rank, options)
+            options = replace(options, token_weights=given)
+        _write_plan(output, strategy, trace, topology, slots_per_rank, options)
+    if interrupt.is_set():
+        return
     if compare and trace.num_sequences > 1 and trace.phase != COUNTS:
         _show_table(strategy, trace, topology, slots_per_rank, options)
     if evaluate:
         _show_evaluation(trace, topology, slots_per_rank, options)
+
+
+def _check_strategy(strategy: str, for_affinity: Mapping[str, object]) -> None:
+    """No strategy but affinity heeds some options.
+
+    Args:
+        strategy: which.
+        for_affinity: what was given for them.
+
+    Raises:
+        StrategyError: there is no such strategy, or one of them was given for another.
+    """
+    from placement.strategies import StrategyError, get_strategy
+
+    get_strategy(strategy)
+    given = [name for name, value in for_affinity.items() if value]
+    if given and strategy != "affinity":
+        msg = f"{', '.join(given)}: only for --strategy affinity; leave it out with {strategy}"
+        raise StrategyError(msg)
+
+
+@contextmanager
+def _best_on_interrupt(strategy: str) -> Iterator[Event]:
+    """Sets an event on the first Ctrl-C; the second ends the process, as the first would without.
+
+    Other strategies than affinity have nothing to show before their end, and their solvers do not
+    listen: there the first ends the process.
+    """
+    interrupt = Event()
+
+    def hurry(*_: object) -> None:
+        interrupt.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        message = "interrupted: the best plan so far will be written; again to stop at once"
+        typer.echo(f"\n{message}", err=True)
+
+    handler = hurry if strategy == "affinity" else signal.SIG_DFL
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _token_weights(
@@ -220,6 +286,8 @@ def _write_plan(
         f"{output}: {plan.strategy.name}, {topology.num_ranks} ranks, {plan.num_slots} slots\n"
         f"{_worth(plan, options.backend)}"
     )
+    if plan.strategy.options.get("hurried"):
+        logger.warning("the search was cut short: with more time the plan may be better")
     worst, cap = plan.predicted["imbalance"]["max"], options.max_imbalance
     if cap is not None and worst > cap:
         logger.warning(
@@ -263,7 +331,7 @@ def _show_table(
     effort = options.effort * TABLE_EFFORT
     fresh = replace(options, start=None, max_moves=None, keep_groups=False, effort=effort)
     quick = replace(fresh, time_limit=min(options.time_limit or 1e9, TABLE_SOLVER_SECONDS))
-    baselines = [name for name in TABLE if name != strategy.replace("-", "_")]
+    baselines = [name for name in TABLE if name != strategy]
     common: dict[str, Any] = {"slots_per_rank": slots_per_rank}
     rows = compare_strategies(trace, topology, baselines, options=quick, **common)
     own = options if options.keep_groups else fresh

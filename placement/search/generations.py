@@ -14,7 +14,7 @@ from placement.search.walk import total_cost
 from placement.traffic import imbalance_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from placement.search.caps import Caps
     from placement.search.solve import Search
@@ -24,32 +24,28 @@ SEARCHES, GENERATIONS = 4, 2
 SHARE, LAST_SHARE = 0.125, 0.25
 
 
-def solve_by_generations(searches: Sequence[Search], *, wanted: Caps, effort: float) -> Search:
+def solve_by_generations(searches: Iterable[Search], *, wanted: Caps, effort: float) -> Search:
     """Anneals several layouts, recombines them, and anneals what comes of it again.
 
     Args:
-        searches: with different seeds, not begun.
+        searches: with different seeds, not begun; all at one pace.
         wanted: caps.
         effort: of all together.
 
     Returns:
-        The last search; if stopped before, the cheapest that was finished.
+        The last search; if time is up before, the cheapest.
     """
     finished: list[Search] = []
-    try:
-        for generation in range(GENERATIONS + 1):
-            if generation:
-                searches = next_generation(searches)
-            is_last = generation == GENERATIONS
-            for search in searches[:1] if is_last else searches:
-                share = LAST_SHARE if is_last else SHARE
-                if not solve(
-                    search, wanted=wanted, effort=effort * share, is_fresh=generation == 0
-                ):
-                    return cheapest_of(finished or [search])
-                finished.append(search)
-    except KeyboardInterrupt:  # between two searches, which take it themselves
-        return cheapest_of(finished)
+    for generation in range(GENERATIONS + 1):
+        is_last = generation == GENERATIONS
+        if generation:
+            searches = next_generation(finished[-SEARCHES:])[: 1 if is_last else None]
+        for search in searches:
+            share = LAST_SHARE if is_last else SHARE
+            solve(search, wanted=wanted, effort=effort * share, is_fresh=generation == 0)
+            finished.append(search)
+            if search.pace.is_over:
+                return cheapest_of(finished)
     return finished[-1]
 
 

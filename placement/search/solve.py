@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from placement.search.caps import (
     steered,
 )
 from placement.search.outlook import fit_outlook
+from placement.search.pace import Pace
 from placement.search.replicas import fill_spare_slots
 from placement.search.state import (
     Flow,
@@ -41,6 +41,7 @@ VISITS, QUICK_VISITS = 1e7, 2e6
 LOW_PRICE, HIGH_PRICE = 2.0, 20.0
 REPAIRS, REPAIR_PRICE = 3, 100.0
 FIRST_PRICE, HASTE = 1.2, 2.0
+LAST_STEPS, MOVES_AT_ONCE = 2, 1000
 
 
 class Stage(NamedTuple):
@@ -78,7 +79,7 @@ class Search:
         spread: whether copies must be on different nodes.
         looks_ahead: whether owners follow an outlook.
         max_moves: copies that may be somewhere new; None: any number.
-        deadline: when to stop, by `time.monotonic`; None: never.
+        pace: how much time there is.
         price: of uneven load, in rows a token; found as the search goes on.
     """
 
@@ -92,13 +93,8 @@ class Search:
     spread: bool = False
     looks_ahead: bool = False
     max_moves: int | None = None
-    deadline: float | None = None
+    pace: Pace = field(default_factory=Pace)
     price: float = FIRST_PRICE
-
-    @property
-    def is_late(self) -> bool:
-        """Whether the time is up."""
-        return self.deadline is not None and time.monotonic() > self.deadline
 
     def flow(self) -> Flow:
         """How the tokens travel now."""
@@ -138,60 +134,64 @@ class Search:
         limits = self.limits(flow, caps)
         return Problem(tokens, self.machine, self.layout, flow, limits, scratch)
 
-    def cool(self, stage: Stage, *, effort: float, caps: Caps, top: float) -> None:
-        """Anneals on a sample of the tokens; the price of load above caps rises to `top`."""
+    def cool(self, stage: Stage, *, effort: float, caps: Caps, top: float, needed: int = 0) -> None:
+        """Anneals on a sample of the tokens; the price of load above caps rises to `top`.
+
+        Short of time, it skips steps, but not the last `needed` ones.
+        """
         layers, experts = self.layout.hosts.shape
         _, count, top_k = self.tokens.expert_ids.shape
         sample = int(stage.sample * max(1.0, effort))
         users = min(sample, count) * top_k / experts
-        problem = self.problem(sample, caps, self.seed + stage.steps)
         affordable = COST_PER_STEP / top_k / (48 + users / 5)
         moves = int(min(MOVES_PER_EXPERT * layers * experts, affordable))
         heats = np.geomspace(stage.hot, stage.cold, stage.steps) * users
         over = np.geomspace(LOW_PRICE, top, stage.steps)
-        price = problem.limits.price
-        for heat, price[1] in zip(heats, over, strict=True):
-            if self.is_late:
-                return
-            price[0] = self.price
-            anneal(problem, max(1, int(moves * effort)), float(heat))
+        problem = None
+        for step, heat in enumerate(heats):
+            effort_now = self.pace.step(effort, is_needed=step >= stage.steps - needed)
+            if effort_now == 0:
+                continue
+            problem = problem or self.problem(sample, caps, self.seed + stage.steps)
+            problem.limits.price[:] = self.price, over[step]
+            for piece in self.pace.pieces(max(1, int(moves * effort_now)), MOVES_AT_ONCE):
+                anneal(problem, piece, float(heat))
             self.price = steered(self.price, problem.flow.load, caps.mean, HASTE)
 
 
-def solve(search: Search, *, wanted: Caps, effort: float, is_fresh: bool = True) -> bool:
-    """Anneals a layout. Stopped early by its deadline or Ctrl-C, it keeps the layout so far.
+def solve(search: Search, *, wanted: Caps, effort: float, is_fresh: bool = True) -> None:
+    """Anneals a layout; short of time, with fewer steps.
 
     Args:
         search: what to anneal.
         wanted: caps, on tokens not seen.
         effort: how much search.
         is_fresh: whether replicas have yet to be found.
-
-    Returns:
-        Whether it was not stopped.
     """
     caps = wanted.within()
-    try:
-        if search.replicas and search.max_moves is None and is_fresh:
-            for stage in REPLICA_STAGES:
-                search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
+    finds_replicas = search.replicas and search.max_moves is None
+    first = REPLICA_STAGES if finds_replicas and is_fresh else ()
+    last = LAST_REPLICA_STAGES if search.replicas else LAST_STAGES
+    with search.pace.phase("affinity, tokens", sum(stage.steps for stage in (*first, *last))):
+        for stage in first:
+            search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
+        if first and search.pace.was_hurried:  # many slots are empty: later they would take load
+            fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
         search.look_ahead(QUICK_VISITS)
         caps = caps._replace(mean=tightened(search, wanted.mean, caps.mean))
-        for stage in LAST_REPLICA_STAGES if search.replicas else LAST_STAGES:
-            search.cool(stage, effort=effort, caps=caps, top=HIGH_PRICE)
+        for stage in last:
+            needed = LAST_STEPS if stage is last[-1] else 0
+            search.cool(stage, effort=effort, caps=caps, top=HIGH_PRICE, needed=needed)
             search.look_ahead(QUICK_VISITS)
         for _ in range(REPAIRS):
             if imbalance_of(search.flow().load).max() <= wanted.rank:
                 break
-            search.cool(REPAIR_STAGE, effort=1.0, caps=caps, top=REPAIR_PRICE)
-    except KeyboardInterrupt:
-        return False
-    finally:
-        if search.replicas and search.max_moves is None:
-            fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
-        if not search.replicas:
-            search.look_ahead(VISITS)  # again for the final layout; with copies it would move load
-    return not search.is_late
+            all_steps = REPAIR_STAGE.steps
+            search.cool(REPAIR_STAGE, effort=1.0, caps=caps, top=REPAIR_PRICE, needed=all_steps)
+    if finds_replicas:
+        fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
+    if not search.replicas:
+        search.look_ahead(VISITS)  # again for the final layout; with copies it would move load
 
 
 def tightened(search: Search, wanted: float, mean: float) -> float:

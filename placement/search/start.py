@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from placement.search.caps import Caps
+    from placement.search.pace import Pace
     from placement.search.state import Machine, Tokens
 
-SWAPS_PER_EXPERT, MAX_COST = 200, 16e6
+SWAPS_PER_EXPERT, LEAST_MOVES, MAX_COST = 200, 500, 16e6
 STEPS, EXCHANGES_PER_SWAP, FEW_EXPERTS = 40, 0.05, 64
 HOT, COLD = 1.0, 0.01
 LOW_PRICE, HIGH_PRICE = 1.0, 16.0
 FIRST_PRICE, HASTE = 4.0, 0.5
 TRANSITION_WEIGHT = 0.3
+TIME_SHARE, LAST_STEPS, AT_ONCE = 0.3, 2, 50_000
 
 
 def anneal_pairs(
@@ -30,11 +32,13 @@ def anneal_pairs(
     num_experts: int,
     caps: Caps,
     seed: int,
+    pace: Pace,
     effort: float = 1.0,
 ) -> NDArray[np.int64]:
     """(L, E) ranks that bring affine experts together, without replicas.
 
     For top-1 the weight of a transition is what it costs to leave the rank, so the value is exact.
+    Short of time, it skips steps, but never the last ones.
     """
     pairs = make_pairs(tokens, machine, num_experts, caps)
     fill_pull(pairs)
@@ -42,14 +46,22 @@ def anneal_pairs(
     layers, _, top_k = tokens.expert_ids.shape
     unit = float(tokens.weight.sum()) * top_k / num_experts
     most = MAX_COST / max(FEW_EXPERTS, num_experts)  # a swap costs as much as a layer has experts
-    moves = max(500, int(min(SWAPS_PER_EXPERT * layers * num_experts, most) * effort))
-    exchanges = int(moves * EXCHANGES_PER_SWAP * min(1.0, FEW_EXPERTS / num_experts) ** 2)
-    over = np.geomspace(LOW_PRICE, HIGH_PRICE, STEPS)
+    most = min(SWAPS_PER_EXPERT * layers * num_experts, most)
+    exchanges = EXCHANGES_PER_SWAP * min(1.0, FEW_EXPERTS / num_experts) ** 2
+    heats, over = np.geomspace(HOT, COLD, STEPS), np.geomspace(LOW_PRICE, HIGH_PRICE, STEPS)
     price = np.array([FIRST_PRICE, 0.0])
-    for heat, price[1] in zip(np.geomspace(HOT, COLD, STEPS), over, strict=True):
-        swap_experts(pairs, rng, moves, float(heat * unit), price)
-        exchange_ranks(pairs, rng, exchanges, float(heat * unit))
-        price[0] = steered(price[0], pairs.rank_load, caps.mean, HASTE)
+    with pace.phase("affinity, pairs", STEPS, share=TIME_SHARE):
+        for step, heat in enumerate(heats * unit):
+            effort_now = pace.step(effort, is_needed=step >= STEPS - LAST_STEPS)
+            if effort_now == 0:
+                continue
+            price[1] = over[step]
+            moves = max(LEAST_MOVES, int(most * effort_now))
+            for piece in pace.pieces(moves, AT_ONCE):
+                swap_experts(pairs, rng, piece, float(heat), price)
+            for piece in pace.pieces(int(moves * exchanges), AT_ONCE // num_experts):
+                exchange_ranks(pairs, rng, piece, float(heat))
+            price[0] = steered(price[0], pairs.rank_load, caps.mean, HASTE)
     return pairs.rank_of
 
 

@@ -9,7 +9,6 @@ experts of a node go to its ranks by load. With `keep_groups` only the ranks of 
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ import numpy as np
 from placement.plan import PlacementPlan, Strategy
 from placement.search.caps import Caps, expected_imbalance
 from placement.search.generations import LEAST_EFFORT, SEARCHES, SHARE, solve_by_generations
+from placement.search.pace import Pace
 from placement.search.recombine import recombine
 from placement.search.solve import VISITS, Search, solve
 from placement.search.start import anneal_pairs
@@ -89,7 +89,7 @@ def _keep_groups(
         raise StrategyError(msg)
     assert options.start is not None
     num_slots = max(len(experts) for ranks in options.start.slots for experts in ranks)
-    search = _start(trace, topology, num_slots, options)
+    search = _start(trace, topology, num_slots, options, _pace(options))
     search.layout = recombine(
         search.tokens, search.machine, [search.layout], [search.flow()], np.inf
     )
@@ -117,6 +117,7 @@ def _planned(
             options=options.summary(
                 slots_per_rank=search.layout.slots.shape[2],
                 max_imbalance=cap if cap is not None and np.isfinite(cap) else None,
+                hurried=search.pace.was_hurried or None,
             ),
         ),
     )
@@ -138,16 +139,25 @@ def _solve(
 ) -> Search:
     """One search; with much effort, and where owners may be anywhere, generations of several."""
     is_free = options.domain_size in (None, topology.num_ranks) and options.start is None
+    pace = _pace(options)
     if options.effort < LEAST_EFFORT or not is_free:
-        search = _start(trace, topology, num_slots, options)
+        search = _start(trace, topology, num_slots, options, pace)
         solve(search, wanted=caps, effort=options.effort)
         return search
     seeds = [
         replace(options, seed=options.seed + number, effort=options.effort * SHARE)
         for number in range(SEARCHES)
     ]
-    searches = [_start(trace, topology, num_slots, own) for own in seeds]
+    searches = (_start(trace, topology, num_slots, own, pace) for own in seeds)
     return solve_by_generations(searches, wanted=caps, effort=options.effort)
+
+
+def _pace(options: PlacementOptions) -> Pace:
+    return Pace(
+        time_limit=options.time_limit,
+        interrupt=options.interrupt,
+        shows=options.shows_progress,
+    )
 
 
 def _caps(options: PlacementOptions) -> Caps:
@@ -162,7 +172,11 @@ def _tuples(outlook: NDArray[np.int32]) -> Outlook:
 
 
 def _start(
-    trace: RoutingTrace, topology: Topology, num_slots: int, options: PlacementOptions
+    trace: RoutingTrace,
+    topology: Topology,
+    num_slots: int,
+    options: PlacementOptions,
+    pace: Pace,
 ) -> Search:
     # Where load is to be as even as it can be, what is left elsewhere is what sequences differ by,
     # and to even out their sum is not enough.
@@ -185,7 +199,7 @@ def _start(
         unit=unit_of(options.backend),
     )
     if options.start is None:
-        hosts = _fresh_hosts(trace, tokens, machine, options)
+        hosts = _fresh_hosts(trace, tokens, machine, options, pace)
     else:
         hosts = _hosts_of_start(options.start, trace, topology, num_slots)
     layout = make_layout(hosts, slots_per_rank=num_slots)
@@ -201,12 +215,16 @@ def _start(
         spread=options.spread,
         looks_ahead=trace.top_k > 1 and options.domain_size != 1,
         max_moves=options.max_moves,
-        deadline=None if options.time_limit is None else time.monotonic() + options.time_limit,
+        pace=pace,
     )
 
 
 def _fresh_hosts(
-    trace: RoutingTrace, tokens: Tokens, machine: Machine, options: PlacementOptions
+    trace: RoutingTrace,
+    tokens: Tokens,
+    machine: Machine,
+    options: PlacementOptions,
+    pace: Pace,
 ) -> NDArray[np.bool_]:
     rank_of = anneal_pairs(
         tokens,
@@ -214,6 +232,7 @@ def _fresh_hosts(
         num_experts=trace.num_experts,
         caps=_caps(options).within(),
         seed=options.seed,
+        pace=pace,
         effort=options.effort,
     )
     hosts: NDArray[np.bool_] = rank_of[:, :, None] == np.arange(len(machine.node_of_rank))

@@ -13,6 +13,8 @@ from placement.timing import protocol_for
 from placement.traffic import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
+    from threading import Event
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -39,7 +41,10 @@ class PlacementOptions:
         protocol: "home" or "coherent".
         coherence_domain: ranks in a coherence domain; None means all.
         effort: how much search; 1 is the default, half takes half the time.
-        time_limit: seconds after which the best plan so far is taken; None: no limit.
+        time_limit: seconds that affinity's search or an integer program may take; None: no limit
+            for affinity, the program's own for the others.
+        interrupt: once set, affinity ends its search as soon as it can; None: never.
+        shows_progress: whether affinity shows a bar on stderr if that is a terminal.
         backend: whose rows are counted, of `placement.timing.BACKENDS`; all but exflow bring
             tokens home.
         intra_node_cost: cost of a row inside a node, where a row between nodes costs 1.
@@ -58,6 +63,8 @@ class PlacementOptions:
     coherence_domain: int | None = None
     effort: float = 1.0
     time_limit: float | None = None
+    interrupt: Event | None = None
+    shows_progress: bool = False
     backend: str = "exflow"
     intra_node_cost: float = INTRA_NODE_COST
     start: PlacementPlan | None = None

@@ -9,6 +9,7 @@ from placement.plan import PlacementPlan, Strategy
 from placement.search.anneal import anneal
 from placement.search.caps import Caps, steered
 from placement.search.outlook import fit_outlook
+from placement.search.pace import Pace
 from placement.search.pairs import exchange_ranks, fill_pull
 from placement.search.replicas import fill_spare_slots
 from placement.search.solve import Search
@@ -234,7 +235,7 @@ def test_pair_annealing_finds_the_planted_groups_of_a_top1_path():
     topology = Topology(num_nodes=1, ranks_per_node=4)
     machine = make_machine(topology, domain=None, intra=1.0, inter=1.0)
     tokens = make_tokens(trace, num_ranks=4, seed=0)
-    rank_of = anneal_pairs(tokens, machine, num_experts=16, caps=caps(9.0), seed=0)
+    rank_of = anneal_pairs(tokens, machine, num_experts=16, caps=caps(9.0), seed=0, pace=Pace())
     hosts = rank_of[:, :, None] == np.arange(4)
     assert hosts.sum(axis=1).max() == 4
     assert crossing_rate(trace, plan_of(hosts, trace, topology)) == 0.0
