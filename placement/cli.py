@@ -102,5 +102,6 @@ def _set_up(
 
 
 def _exit_with(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    line = " ".join(part.strip() for part in message.splitlines())  # others' reasons have several
+    sys.stderr.write(f"error: {line}\n")
     raise SystemExit(USER_ERROR_EXIT)

@@ -77,6 +77,10 @@ def test_a_users_mistake_is_one_line_and_code_2(tmp_path):
     ("error", "line"),
     [
         (UserError("plan.json is for 8 ranks"), "error: plan.json is for 8 ranks\n"),
+        (
+            UserError("no tokenizer: one of\n (1) a file\n"),
+            "error: no tokenizer: one of (1) a file\n",
+        ),
         (FileNotFoundError(2, "No such file", "a.json"), "error: a.json: No such file\n"),
     ],
 )
