@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from exflow.llm import LLM
     from exflow.runtime.requests import Completion, NewToken, SamplingParams
+    from placement.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "NewToken", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Completion", "NewToken", "SamplingParams", "UserError", "__version__"]
 
 _HOMES = {
     "LLM": "exflow.llm",
     "SamplingParams": "exflow.runtime.requests",
     "Completion": "exflow.runtime.requests",
     "NewToken": "exflow.runtime.requests",
+    "UserError": "placement.errors",
 }
 
 

@@ -7,6 +7,7 @@
             print(done.text)
 
 Under torchrun every rank runs the same lines with the same prompts, and gets the same completions.
+Whatever cannot be done, here or on another rank, is an `exflow.UserError` that says what to do.
 """
 
 from __future__ import annotations
@@ -162,10 +163,9 @@ class LLM:
             A completion for each prompt, in their order.
 
         Raises:
-            LLMError: parameters do not match the prompts, or a prompt is no text and no tokens of
-                the model.
-            AgreementError: ranks were given different prompts or parameters.
-            RankFailureError: another rank died or hangs.
+            UserError: parameters do not match the prompts, or a prompt is no text and no tokens of
+                the model (`LLMError`); ranks were given different ones (`AgreementError`); another
+                rank cannot go on (`RankFailureError`).
         """
         with self._liveness.naming():
             with self.ranks.agreeing(self._prepared.device):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import io
 import json
 import math
 import random
@@ -73,26 +72,28 @@ class _Sample:
 def write_sample_corpus(folder: str | Path, *, seed: int = 0) -> SampleCorpus:
     """Write `profile/` and `heldout/`, one `.jsonl.zst` shard each.
 
-    The same Python and seed give the same files.
+    The same Python and seed give the same files; they are written over nothing else.
 
     Args:
-        folder: where to write; shards there are replaced.
+        folder: where to write.
         seed: settles which modules and exercises are taken, and the order of documents.
 
     Raises:
-        SampleCorpusError: if this Python lacks its sources, or the folder cannot be written.
+        SampleCorpusError: if this Python lacks its sources, or the folder has other shards.
+        OutputError: if the folder cannot be written.
     """
     samples = [*_topics(), *_modules(seed), *_mathematics(seed)]
     random.Random(seed).shuffle(samples)
     folders = {split: Path(folder) / split for split in SPLITS}
-    for split, target in folders.items():
-        chosen = [sample for sample in samples if sample.split == split]
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            _write_shard(target / "00.jsonl.zst", chosen)
-        except OSError as error:
-            msg = f"{target}: the sample corpus cannot be written: {error}"
-            raise SampleCorpusError(msg) from error
+    shards = {
+        target / "00.jsonl.zst": _shard([sample for sample in samples if sample.split == split])
+        for split, target in folders.items()
+    }
+    for path, content in shards.items():
+        _check_same(path, content)
+    for path, content in shards.items():
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     return SampleCorpus(
         folders=folders,
         documents={
@@ -103,16 +104,28 @@ def write_sample_corpus(folder: str | Path, *, seed: int = 0) -> SampleCorpus:
     )
 
 
-def _write_shard(path: Path, samples: list[_Sample]) -> None:
-    with (
-        replacing(path) as partial,
-        partial.open("wb") as file,
-        zstandard.ZstdCompressor(level=3).stream_writer(file) as writer,
-        io.TextIOWrapper(writer, encoding="utf-8") as lines,
-    ):
-        for sample in samples:
-            meta = {"pile_set_name": sample.subset, "origin": sample.origin}
-            lines.write(json.dumps({"text": sample.text, "meta": meta}) + "\n")
+def _shard(samples: list[_Sample]) -> bytes:
+    lines = [
+        json.dumps(
+            {
+                "text": sample.text,
+                "meta": {"pile_set_name": sample.subset, "origin": sample.origin},
+            }
+        )
+        for sample in samples
+    ]
+    return zstandard.ZstdCompressor(level=3).compress(
+        "".join(f"{line}\n" for line in lines).encode()
+    )
+
+
+def _check_same(path: Path, content: bytes) -> None:
+    if path.exists() and path.read_bytes() != content:
+        msg = (
+            f"{path} has other documents, of another seed or Python, or not made here; remove it or "
+            "name another folder"
+        )
+        raise SampleCorpusError(msg)
 
 
 def _topics() -> Iterator[_Sample]:

@@ -18,6 +18,10 @@ count_gpus() {
   nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
 }
 
+if [[ ! ${EXFLOW_RANKS:-1} =~ ^[1-9][0-9]{0,3}$ ]]; then
+  echo "error: EXFLOW_RANKS must be a number of ranks from 1, got '$EXFLOW_RANKS'" >&2
+  exit 2
+fi
 ranks=${EXFLOW_RANKS:-$(count_gpus)}
 if [ "$ranks" -eq 0 ]; then
   ranks=2

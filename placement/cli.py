@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "placement.commands.verify",
 }
 
+OWN_PACKAGES = ("exflow", "placement")
 USER_ERROR_EXIT = 2
 
 
@@ -66,11 +67,19 @@ def mount(app: typer.Typer, commands: Mapping[str, str]) -> None:
 
 
 def run(app: typer.Typer, program: str) -> None:
-    """Runs an app; a user's mistake ends it with one line on stderr and exit code 2."""
+    """Runs an app; a user's mistake ends it with one line on stderr and exit code 2.
+
+    So does a package that is not there: the planner's commands do without torch, others do not.
+    """
     try:
         app(prog_name=program)
     except UserError as error:
         _exit_with(str(error))
+    except ModuleNotFoundError as error:
+        name = error.name or ""
+        if not name.isidentifier() or name in OWN_PACKAGES:
+            raise
+        _exit_with(f"this needs the package {name}, which is not installed; `pip install {name}`")
     except OSError as error:
         if error.filename is None:
             raise
@@ -82,7 +91,7 @@ def configure_logging(*, verbose: bool) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
-    for package in ("exflow", "placement"):
+    for package in OWN_PACKAGES:
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
@@ -93,5 +102,6 @@ def _set_up(
 
 
 def _exit_with(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    line = " ".join(part.strip() for part in message.splitlines())  # others' reasons have several
+    sys.stderr.write(f"error: {line}\n")
     raise SystemExit(USER_ERROR_EXIT)

@@ -126,12 +126,12 @@ def domain_shift(
     place = get_strategy("affinity")
     base = get_strategy("linear")(trace, topology)
     plans = {n: place(fit, topology, **common) for n, (fit, _) in zip(names, halves, strict=True)}
-    sequences = [np.unique(fit.sequence_ids) for fit, _ in halves]
-    everything = trace.select(np.isin(trace.sequence_ids, np.concatenate(sequences)))
-    group = np.full(everything.num_tokens, -1)
-    for index, own in enumerate(sequences):
-        group[np.isin(everything.sequence_ids, own)] = index
-    weights = fair_weights(everything, group, topology, **common)
+    group = np.full(trace.num_tokens, -1)
+    for index, (name, (fit, _)) in enumerate(zip(names, halves, strict=True)):
+        of_domain = trace.domain_ids == trace.domains.index(name)
+        group[of_domain & np.isin(trace.sequence_ids, fit.sequence_ids)] = index
+    everything = trace.select(group >= 0)
+    weights = fair_weights(everything, group[group >= 0], topology, **common)
     weighted = replace(options, token_weights=weights)
     plans["all"] = place(everything, topology, slots_per_rank=slots_per_rank, options=weighted)
     held_out = {name: half for name, (_, half) in zip(names, halves, strict=True)}

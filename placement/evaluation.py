@@ -118,12 +118,18 @@ def _protocols(name: str, protocol: Protocol) -> list[Protocol]:
 def bootstrap_change(
     trace: RoutingTrace, before: Traffic, after: Traffic, *, seed: int = 0
 ) -> dict[str, float]:
-    """Relative change of rows per token, with the 95% interval of a bootstrap over sequences."""
+    """Relative change of rows per token, with the 95% interval of a bootstrap over sequences.
+
+    Draws without rows before have no relative change and are left out.
+    """
     index = np.unique(trace.sequence_ids, return_inverse=True)[1]
     sums = np.stack([np.bincount(index, weights=t.rows_of_token) for t in (before, after)])
+    if not sums[0].any():
+        return dict.fromkeys(("change", "low", "high"), np.inf if sums[1].any() else 0.0)
     count = sums.shape[1]
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS) @ sums.T
+    draws = draws[draws[:, 0] > 0]
     changes = draws[:, 1] / draws[:, 0] - 1
     low, high = np.quantile(changes, [0.025, 0.975])
     return {

@@ -99,3 +99,7 @@ def planted_trace(tokens: int, layers: int, experts: int, top_k: int, *, seed: i
         model="planted",
         layer_ids=tuple(range(layers)),
     )
+
+
+if __name__ == "__main__":
+    sys.exit("this measures for bench_placement.py: give that --scale deepseek-v3 or --growth")

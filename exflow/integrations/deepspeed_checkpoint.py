@@ -90,13 +90,13 @@ class DeepSpeedCheckpoint:
         """Inner width of an expert.
 
         Raises:
-            CheckpointError: the first expert has no `dense_h_to_4h`.
+            CheckpointError: the first expert has no matrix `dense_h_to_4h`.
         """
         path = self.experts[0][0]
         for name, tensor in flatten(load_state(path)).items():
-            if name.endswith(".dense_h_to_4h.weight"):
+            if name.endswith(".dense_h_to_4h.weight") and tensor.dim() == 2:
                 return len(tensor)
-        msg = f"{path} has no dense_h_to_4h; converted are experts of Megatron's ParallelMLP"
+        msg = f"{path} has no matrix dense_h_to_4h; converted are experts of Megatron's ParallelMLP"
         raise CheckpointError(msg)
 
     def layer(self, number: int) -> dict[str, torch.Tensor]:
@@ -123,8 +123,9 @@ def load_state(path: Path) -> dict[str, Any]:
             f"its tensors only and convert again: {_KEEP_TENSORS}"
         )
         raise CheckpointError(msg) from error
-    except (OSError, RuntimeError, EOFError) as error:
-        msg = f"{path} cannot be read: {error}"
+    except Exception as error:  # torch raises many kinds; all mean that the file is damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        msg = f"{path} cannot be read; is it whole? {reason}"
         raise CheckpointError(msg) from error
     if not isinstance(state, dict):
         msg = f"{path} holds a {type(state).__name__}, expected a dict of tensors"
@@ -151,7 +152,7 @@ def _step(folder: Path) -> Path:
     latest = folder / "latest"
     if not latest.is_file():
         return folder
-    return folder / latest.read_text(encoding="utf-8").strip()
+    return folder / latest.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def _in_order(step: Path, found: dict[int, dict[int, Path]]) -> tuple[tuple[Path, ...], ...]:

@@ -16,16 +16,18 @@ The dense part is one shard, the experts of a layer are one each; not more than 
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
 from exflow.errors import CheckpointError
-from exflow.integrations.deepspeed_checkpoint import DeepSpeedCheckpoint
+from exflow.integrations.deepspeed_checkpoint import DENSE, DeepSpeedCheckpoint
+from exflow.integrations.gpt_moe_shapes import check_shapes, dense_shapes, expert_shapes
 from exflow.models.checkpoint import INDEX
 from exflow.models.gpt_moe import ACTIVATIONS, MODEL_TYPE
 
@@ -75,6 +77,9 @@ class GptOptions:
         if self.activation not in ACTIVATIONS:
             msg = f"--activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}"
             raise CheckpointError(msg)
+        if not 0 < self.norm_eps < math.inf:
+            msg = f"the epsilon of norms must be a number above 0, got {self.norm_eps}"
+            raise CheckpointError(msg)
 
 
 def convert_deepspeed(source: Path, output: Path, options: GptOptions) -> dict[str, Any]:
@@ -92,12 +97,11 @@ def convert_deepspeed(source: Path, output: Path, options: GptOptions) -> dict[s
     checkpoint = DeepSpeedCheckpoint.find(source)
     stored, arguments = checkpoint.dense()
     _check_arguments(arguments)
-    num_heads = int(arguments.get("num_attention_heads") or options.num_heads or 0)
-    tensors = {new: tensor for name in stored for new, tensor in [_rename(name, stored[name])]}
-    config = _config(tensors, num_heads, arguments, options)
-    config |= {"num_experts": len(checkpoint.experts[0]), "n_inner": checkpoint.inner_size()}
+    tensors = dict(_rename(name, tensor) for name, tensor in stored.items())
+    config = _config(tensors, checkpoint, _with_arguments(options, arguments))
+    check_shapes(tensors, dense_shapes(config), DENSE)
     for name in [name for name in tensors if ".attn.c_attn." in name]:
-        tensors[name] = _heads_last(tensors[name], num_heads)
+        tensors[name] = _heads_last(tensors[name], config["n_head"])
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as folder:
         partial = Path(folder) / output.name
@@ -119,7 +123,7 @@ def _write_shards(
     for number in range(len(checkpoint.experts)):
         layer = checkpoint.layer(number)
         experts = dict(_rename(name, tensor) for name, tensor in layer.items())
-        _check_experts(experts, config, number)
+        check_shapes(experts, expert_shapes(config, number), f"layer_{number}_expert_*")
         writer.write(experts)
     writer.finish()
     text = json.dumps(config, indent=2) + "\n"
@@ -173,7 +177,7 @@ def _rename(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     if not new:
         raise CheckpointError(_unknown(name))
     is_linear = kind == "weight" and not new.startswith("ln_") and new != "mlp.gate"
-    return f"transformer.h.{layer}.{new}.{kind}", tensor.t() if is_linear else tensor
+    return f"transformer.h.{layer}.{new}.{kind}", tensor.transpose(0, -1) if is_linear else tensor
 
 
 def _unknown(name: str) -> str:
@@ -198,15 +202,15 @@ def _heads_last(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    version = arguments.get("checkpoint_version")
-    if version is not None and float(version) < OLDEST_LAYOUT:
+    version = _number(arguments, "checkpoint_version", OLDEST_LAYOUT)
+    if version < OLDEST_LAYOUT:
         msg = (
             f"Megatron's checkpoint_version is {version}, which keeps queries, keys and values in "
             f"another order; load it once with Megatron-DeepSpeed and save it again"
         )
         raise CheckpointError(msg)
     refused = {
-        f"top-{arguments.get('topk')} gates": int(arguments.get("topk") or 1) != 1,
+        f"top-{arguments.get('topk')} gates": _number(arguments, "topk", 1) != 1,
         "a residual MoE": arguments.get("mlp_type") == "residual",
         "rotary positions": bool(arguments.get("use_rotary_position_embeddings")),
         "swiglu": bool(arguments.get("swiglu")),
@@ -218,68 +222,79 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             raise CheckpointError(msg)
 
 
+def _with_arguments(options: GptOptions, arguments: Mapping[str, Any]) -> GptOptions:
+    """The options, but for what Megatron's own arguments say."""
+    is_exact = arguments.get("bias_gelu_fusion") is False and not arguments.get("openai_gelu")
+    return replace(
+        options,
+        num_heads=int(_number(arguments, "num_attention_heads", options.num_heads or 0)),
+        activation="gelu" if is_exact else options.activation,
+        norm_eps=_number(arguments, "layernorm_epsilon", options.norm_eps),
+    )
+
+
+def _number(arguments: Mapping[str, Any], name: str, default: float) -> float:
+    """An argument of Megatron's, or the default where it has none.
+
+    Raises:
+        CheckpointError: it is no number.
+    """
+    value = arguments.get(name) or default
+    if not isinstance(value, (int, float)):
+        msg = f"{DENSE}: Megatron's {name} is {value!r}, expected a number"
+        raise CheckpointError(msg)
+    return value
+
+
 def _config(
-    tensors: Mapping[str, torch.Tensor],
-    num_heads: int,
-    arguments: Mapping[str, Any],
-    options: GptOptions,
+    tensors: Mapping[str, torch.Tensor], checkpoint: DeepSpeedCheckpoint, options: GptOptions
 ) -> dict[str, Any]:
     """The configuration, as far as sizes of tensors tell it."""
-    for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"):
-        if f"transformer.{name}" not in tensors:
-            msg = f"the checkpoint lacks what becomes transformer.{name}; it is not a whole GPT"
+    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        if name not in tensors or tensors[name].dim() != 2:
+            msg = f"{DENSE} lacks a matrix that becomes {name}; it is not a whole GPT"
             raise CheckpointError(msg)
     vocab_size, hidden = tensors["transformer.wte.weight"].shape
+    num_heads, eos = options.num_heads or 0, options.eos_token_id
     if num_heads < 1 or hidden % num_heads:
         msg = f"{num_heads or 'no'} attention heads for {hidden} elements; give --num-heads"
         raise CheckpointError(msg)
-    layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
-    gates = [f"transformer.h.{layer}.mlp.gate.weight" in tensors for layer in sorted(layers)]
-    moe_every = 1 + gates.index(True) if any(gates) else 0
-    if not moe_every or gates != [(layer + 1) % moe_every == 0 for layer in range(len(gates))]:
-        at = [layer for layer, has_gate in enumerate(gates) if has_gate]
-        msg = f"layers {at} of {len(gates)} have experts; expected every n-th layer"
+    if eos is not None and not 0 <= eos < vocab_size:
+        msg = f"--eos-token-id must be from 0 to {vocab_size - 1}, got {eos}"
         raise CheckpointError(msg)
-    is_exact = arguments.get("bias_gelu_fusion") is False and not arguments.get("openai_gelu")
+    num_layers, moe_every = _layers(tensors, len(checkpoint.experts))
     return {
         "model_type": MODEL_TYPE,
         "vocab_size": vocab_size,
         "n_embd": hidden,
         "n_head": num_heads,
-        "n_layer": len(layers),
+        "n_layer": num_layers,
         "n_positions": tensors["transformer.wpe.weight"].shape[0],
         "num_experts_per_tok": 1,
         "moe_every": moe_every,
-        "activation_function": "gelu" if is_exact else options.activation,
-        "layer_norm_epsilon": float(arguments.get("layernorm_epsilon") or options.norm_eps),
+        "activation_function": options.activation,
+        "layer_norm_epsilon": options.norm_eps,
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "bos_token_id": None,
-        "eos_token_id": options.eos_token_id,
+        "eos_token_id": eos,
+        "num_experts": len(checkpoint.experts[0]),
+        "n_inner": checkpoint.inner_size(),
     }
 
 
-def _check_experts(
-    experts: Mapping[str, torch.Tensor], config: Mapping[str, Any], number: int
-) -> None:
-    """A layer's experts, as many and as large as the configuration says."""
-    layer = config["moe_every"] * (number + 1) - 1
-    hidden, inner = config["n_embd"], config["n_inner"]
-    shapes = {
-        "c_fc.weight": (hidden, inner),
-        "c_fc.bias": (inner,),
-        "c_proj.weight": (inner, hidden),
-        "c_proj.bias": (hidden,),
-    }
-    expected = {
-        f"transformer.h.{layer}.mlp.experts.{expert}.{name}": shape
-        for expert in range(config["num_experts"])
-        for name, shape in shapes.items()
-    }
-    found = {name: tuple(tensor.shape) for name, tensor in experts.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            msg = (
-                f"layer_{number}_expert_*: {name} has shape {found.get(name, 'nothing')}, "
-                f"expected {expected.get(name, 'nothing')}"
-            )
-            raise CheckpointError(msg)
+def _layers(tensors: Mapping[str, torch.Tensor], num_moe_layers: int) -> tuple[int, int]:
+    """How many layers there are, and that every n-th has experts."""
+    layers = {int(name.split(".")[2]) for name in tensors if name.startswith("transformer.h.")}
+    has_gate = [f"transformer.h.{layer}.mlp.gate.weight" in tensors for layer in sorted(layers)]
+    moe_every = 1 + has_gate.index(True) if any(has_gate) else 0
+    at = [layer for layer, has in enumerate(has_gate) if has]
+    if not moe_every or at != list(range(moe_every - 1, len(layers), moe_every)):
+        msg = f"layers {at} of {len(layers)} have gates; expected every n-th layer"
+        raise CheckpointError(msg)
+    if len(at) != num_moe_layers:
+        msg = (
+            f"{DENSE} has gates in {len(at)} layers, but there are files layer_L_expert_E_{DENSE} "
+            f"of {num_moe_layers}; both must be of the same model"
+        )
+        raise CheckpointError(msg)
+    return len(layers), moe_every

@@ -55,7 +55,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        msg = f"{folder} has no tokenizer that can be loaded: {error}"
+        msg = (
+            f"{folder} has no tokenizer that can be loaded; copy the model's tokenizer files "
+            f"(tokenizer.json, ...) there: {error}"
+        )
         raise CheckpointError(msg) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

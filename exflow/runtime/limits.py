@@ -44,7 +44,10 @@ class Limits:
         max_pages: int | None = None,
         prefill_chunk: int | None = None,
     ) -> Limits:
-        """Limits with pages enough for the `batch_size` longest requests, up to `max_pages`."""
+        """Limits with pages enough for the `batch_size` longest requests, up to `max_pages`.
+
+        There are slots for no more requests than are given.
+        """
         max_positions = definition.max_positions
         needs = [_pages(request, max_positions) for request in requests]
         fitting = sorted(need for need in needs if max_pages is None or need <= max_pages)
@@ -52,7 +55,7 @@ class Limits:
         return cls(
             max_positions=max_positions,
             eos_token_ids=definition.eos_token_ids,
-            batch_size=batch_size,
+            batch_size=min(batch_size, max(1, len(requests))),
             num_pages=wanted if max_pages is None else min(wanted, max_pages),
             max_pages=max_pages,
             prefill_chunk=prefill_chunk,

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             network.check_machine()
             for cluster in registry.abandoned():
                 network.down(cluster)
+            for cluster in registry.standing():
+                network.end_abandoned(cluster)
             return int({"up": up, "run": run, "down": down}[args.action](args))
     except BoxError as error:
         say(f"error: {error}")
@@ -67,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for sub in (up, run):
         add_shape(sub)
     run.add_argument("--per-node", action="store_true", help="once a node, without torchrun")
-    run.add_argument("--timeout", type=float, help="seconds after which it is stopped")
+    run.add_argument("--timeout", type=seconds, help="seconds after which it is stopped")
     run.add_argument("command", nargs=argparse.REMAINDER, help="what every rank runs, after --")
     args = parser.parse_args(arguments)
     if args.action == "run" and args.command[:1] == ["--"]:
@@ -85,6 +87,15 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trunk-rate", help="of a rack's link to the others; default unlimited")
     parser.add_argument("--delay-ms", type=float, help="from node to node, one way; default 0")
     parser.add_argument("--mtu", type=int, help="largest packet; default 1500")
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    value = float(text)
+    if not value > 0:
+        msg = f"must be seconds above 0, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return value
 
 
 def up(args: argparse.Namespace) -> int:

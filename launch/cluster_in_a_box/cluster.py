@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from launch.cluster_in_a_box.errors import BoxError
 
 RATE = re.compile(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)")
-SIZE = re.compile(r"\d+(?:b|kb|mb)")
+SIZE = re.compile(r"(\d+)(b|kb|mb)")
 NAME = re.compile(r"[a-z][a-z0-9]{0,30}")
 BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+BYTES = {"b": 1, "kb": 1024, "mb": 1024**2}
 MAX_NODES = 128
+# What tc's counters of 32 bits hold: queue and burst in bytes, and a burst's time at the rate.
+RATES = ("100kbit", "100gbit")
+LARGEST_BURST = "3mb"
 CONGESTION_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"
 WIRE_RATE_OF_SMALL_BURST = 500e6
 
@@ -51,11 +55,18 @@ class Cluster:
             msg = f"--name must be lower-case letters and digits, got {self.name!r}"
             raise BoxError(msg)
         for option, rate in (("--rate", self.rate), ("--trunk-rate", self.trunk_rate)):
-            if rate is not None and (not RATE.fullmatch(rate) or bits_per_second(rate) == 0):
-                msg = f"{option} must be a rate such as 500kbit, 100mbit or 1gbit, got {rate!r}"
+            if rate is not None and not _is_rate(rate):
+                msg = (
+                    f"{option} must be a rate such as 500kbit or 1gbit, from {RATES[0]} to "
+                    f"{RATES[1]}, got {rate!r}"
+                )
                 raise BoxError(msg)
-        if self.burst is not None and not SIZE.fullmatch(self.burst):
-            msg = f"--burst must be a size such as 256kb, got {self.burst!r}"
+        least = 2 * self.mtu
+        if self.burst is not None and not least <= _size(self.burst) <= _size(LARGEST_BURST):
+            msg = (
+                f"--burst must be a size such as 256kb, from {least}b (two packets of --mtu) to "
+                f"{LARGEST_BURST}, got {self.burst!r}"
+            )
             raise BoxError(msg)
         if self.trunk_rate is not None and self.racks == 1:
             msg = "--trunk-rate is the speed between racks; give --racks 2 or more with it"
@@ -102,6 +113,17 @@ def bits_per_second(rate: str) -> float:
     match = RATE.fullmatch(rate)
     assert match is not None
     return float(match[1]) * BITS[match[2]]
+
+
+def _is_rate(rate: str) -> bool:
+    least, most = map(bits_per_second, RATES)
+    return RATE.fullmatch(rate) is not None and least <= bits_per_second(rate) <= most
+
+
+def _size(burst: str) -> int:
+    """Bytes as tc writes them, as a number; -1 if it is not written so."""
+    match = SIZE.fullmatch(burst)
+    return int(match[1]) * BYTES[match[2]] if match else -1
 
 
 def up_commands(cluster: Cluster) -> list[Command]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.cluster_in_a_box import registry
 from launch.cluster_in_a_box.errors import BoxError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _environment(cluster: Cluster) -> dict[str, str]:
         "BOX_RACKS": str(cluster.racks),
     }
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return os.environ | interfaces | meeting | threads | {"PATH": path}
+    return os.environ | interfaces | meeting | threads | registry.mark() | {"PATH": path}
 
 
 def _wait(nodes: Sequence[subprocess.Popen[str]], timeout: float | None) -> int:

@@ -59,7 +59,7 @@ def up(cluster: Cluster, *, is_kept: bool) -> None:
     Raises:
         BoxError: there is one of this name, or the machine cannot.
     """
-    registry.claim(cluster, is_kept=is_kept)
+    registry.claim(cluster)
     taken = set(cluster.namespaces) & namespaces()
     if taken:
         registry.release(cluster)
@@ -70,6 +70,8 @@ def up(cluster: Cluster, *, is_kept: bool) -> None:
             call(command)
         if cluster.delay_ms > 0:
             _start_wires(cluster)
+        if is_kept:
+            registry.keep(cluster)
     except BaseException:
         down(cluster)
         raise
@@ -85,6 +87,14 @@ def down(cluster: Cluster) -> None:
     for name in existing:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     registry.release(cluster)
+
+
+def end_abandoned(cluster: Cluster) -> None:
+    """Kill what a `run` that was killed itself left in a cluster that stays."""
+    for name in namespaces() & set(cluster.namespaces):
+        for pid in filter(registry.is_abandoned, _processes(name)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,9 @@ def export(
         return
     check_writable(output, inputs=[plan, config])
     if fill:
-        placed = _filled(placed, output)
+        filled = output.with_name(output.stem + ".plan.json")
+        check_writable(filled, inputs=[plan, config])
+        placed = _filled(placed, filled)
     found = find_target(target)
     shape = ModelShape.from_config(config) if config else ModelShape.of_plan(placed)
     text = export_text(placed, found, shape)
@@ -55,12 +57,11 @@ def export(
         typer.echo(f"use: {line}")
 
 
-def _filled(plan: PlacementPlan, output: Path) -> PlacementPlan:
+def _filled(plan: PlacementPlan, path: Path) -> PlacementPlan:
     """The plan with all slots in use, saved beside the output: that is what the engine will run."""
     from placement.interop.slots import fill_slots
 
     filled = fill_slots(plan)
-    path = output.with_name(output.stem + ".plan.json")
     filled.save(path)
     typer.echo(f"{path}: {filled.num_slots - plan.num_slots} unused slots filled; verify with it")
     return filled

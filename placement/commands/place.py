@@ -157,6 +157,9 @@ def place(
     trace = merge_traces(parts)
     if evaluate or strategy not in LOAD_STRATEGIES:
         require_routing(trace, f"strategy {strategy}")
+    if evaluate and trace.num_sequences < 2:
+        msg = "--evaluate fits plans on half of the sequences, the trace has one; leave it out"
+        raise StrategyError(msg)
     topology = Topology(num_nodes=nodes, ranks_per_node=ranks_per_node)
     options = PlacementOptions(
         seed=seed,

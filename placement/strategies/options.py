@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 
 INTRA_NODE_COST = 0.11
+MOST_EFFORT = 10_000
 
 
 class StrategyError(UserError):
@@ -83,10 +83,10 @@ class PlacementOptions:
             if value is not None and not value >= 1.0:
                 msg = f"{name} is max / mean load, at least 1, got {value}"
                 raise StrategyError(msg)
-        if not 0 < self.effort < math.inf or not 0 <= self.intra_node_cost <= 1:
+        if not 0 < self.effort <= MOST_EFFORT or not 0 <= self.intra_node_cost <= 1:
             msg = (
-                f"effort must be a number above 0 and intra_node_cost from 0 to 1, "
-                f"got {self.effort} and {self.intra_node_cost}"
+                f"effort must be a number above 0, at most {MOST_EFFORT}, and intra_node_cost from "
+                f"0 to 1, got {self.effort} and {self.intra_node_cost}"
             )
             raise StrategyError(msg)
         if self.seed < 0:

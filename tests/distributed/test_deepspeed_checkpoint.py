@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 
 import numpy as np
@@ -166,9 +167,42 @@ def make_rotary(folder):
     add_tensor(folder, "language_model.rotary_pos_emb.inv_freq")
 
 
-def change_version(folder):
+def change_state(**more):
+    def change(folder):
+        path = folder / "mp_rank_00_model_states.pt"
+        torch.save(load_state(path) | more, path)
+
+    return change
+
+
+def change_dense(name, change):
+    """A spoiler that changes a tensor of layer 1, or takes it away."""
+
+    def spoil(folder):
+        path = folder / "mp_rank_00_model_states.pt"
+        state = load_state(path)
+        name_there = f"language_model.encoder.layers.1.{name}"
+        state["module"][name_there] = change(state["module"][name_there])
+        torch.save(state, path)
+
+    return spoil
+
+
+def flatten_embedding(folder):
     path = folder / "mp_rank_00_model_states.pt"
-    torch.save(load_state(path) | {"checkpoint_version": 1.0}, path)
+    state = load_state(path)
+    state["module"]["language_model.embedding.word_embeddings.weight"] = torch.zeros(7)
+    torch.save(state, path)
+
+
+def remove_moe_layer(folder):
+    for path in folder.glob("layer_1_expert_*"):
+        path.unlink()
+
+
+def damage_dense(folder):
+    path = folder / "mp_rank_00_model_states.pt"
+    path.write_bytes(b"\x80\x02]a.")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +216,26 @@ def change_version(folder):
         (shrink_expert, "expected"),
         (make_residual, "residual MoE"),
         (make_rotary, "rotary positions"),
-        (change_version, "checkpoint_version is 1.0"),
+        (change_state(checkpoint_version=1.0), "checkpoint_version is 1.0"),
+        (
+            change_state(args=argparse.Namespace(topk=[1, 1])),
+            r"topk is \[1, 1\], expected a number",
+        ),
+        (change_state(args=argparse.Namespace(layernorm_epsilon=math.nan)), "above 0, got nan"),
+        (
+            change_dense("input_layernorm.weight", lambda _: None),
+            "h.1.ln_1.weight has shape nothing",
+        ),
+        (change_dense("post_attention_layernorm.bias", lambda t: t[:3]), "ln_2.bias has shape"),
+        (change_dense("self_attention.query_key_value.bias", lambda t: t[1:]), "c_attn.bias has"),
+        (change_dense("self_attention.query_key_value.weight", lambda t: t[None]), "c_attn.weight"),
+        (
+            change_dense("mlp.deepspeed_moe.gate.wg.weight", lambda t: t[:3]),
+            "gate.weight has shape",
+        ),
+        (flatten_embedding, "lacks a matrix that becomes transformer.wte.weight"),
+        (remove_moe_layer, "gates in 2 layers, but there are files .* of 1"),
+        (damage_dense, "cannot be read; is it whole"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_with_what_to_do(copied, tmp_path, spoil, message):
@@ -206,3 +259,18 @@ def test_a_pickle_that_would_run_code_does_not(copied, tmp_path):
 def test_heads_must_be_told_where_megatron_did_not(saved, tmp_path):
     with pytest.raises(CheckpointError, match="give --num-heads"):
         convert_deepspeed(saved[0], tmp_path / "converted", GptOptions())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("norm_eps", math.nan, "above 0, got nan"),
+        ("eos_token_id", 9999, "--eos-token-id must be from 0 to 127"),
+    ],
+)
+def test_options_that_no_model_has_are_refused(saved, tmp_path, option, value, message):
+    with pytest.raises(CheckpointError, match=message):
+        convert_deepspeed(
+            saved[0], tmp_path / "converted", GptOptions(num_heads=SIZES.heads, **{option: value})
+        )
+    assert not (tmp_path / "converted").exists()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from exflow import LLM, SamplingParams
+from exflow import LLM, SamplingParams, UserError
 from exflow.runtime.ranks import Ranks
 from harness import run_ranks
 from tiny_checkpoints import qwen3_moe, save_byte_tokenizer
@@ -34,7 +34,7 @@ def generate(folder):
         try:
             llm.generate([f"I am rank {rank}"])
             problem = ""
-        except ValueError as error:
+        except UserError as error:
             problem = str(error)
     return [(done.token_ids, done.text, done.finish_reason) for done in found], len(told), problem
 

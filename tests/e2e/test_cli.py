@@ -77,6 +77,10 @@ def test_a_users_mistake_is_one_line_and_code_2(tmp_path):
     ("error", "line"),
     [
         (UserError("plan.json is for 8 ranks"), "error: plan.json is for 8 ranks\n"),
+        (
+            UserError("no tokenizer: one of\n (1) a file\n"),
+            "error: no tokenizer: one of (1) a file\n",
+        ),
         (FileNotFoundError(2, "No such file", "a.json"), "error: a.json: No such file\n"),
     ],
 )
@@ -91,6 +95,30 @@ def test_errors_of_a_command_become_one_line(error, line, capsys, monkeypatch):
         placement.cli.run(app, "app")
     assert caught.value.code == 2
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "pile-moe-top1", "--prompts", "p.jsonl", "-o", "o.jsonl"],
+        ["bench", "pile-moe-top1", "--prompts", "p.jsonl"],
+        ["links", "-o", "links.json"],
+        ["profile", "pile-moe-top1", "corpus", "-o", "trace.safetensors"],
+        ["convert-deepspeed", "checkpoint", "-o", "converted"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_without_torch_a_command_says_what_to_install(arguments, tmp_path):
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom exflow.cli import main\n"
+        f"sys.argv[1:] = {arguments}\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    line = "error: this needs the package torch, which is not installed; `pip install torch`\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -114,6 +114,15 @@ def start_sleeping(name, tmp_path):
     return process, [int(file.read_text()) for file in files]
 
 
+def with_tc(tmp_path, body):
+    """An environment where tc is a script."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "tc").write_text(f"#!/bin/sh\n{body}\n")
+    (programs / "tc").chmod(0o755)
+    return os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+
+
 def is_alive(pid):
     return Path(f"/proc/{pid}").exists()
 
@@ -188,6 +197,34 @@ def test_what_a_killed_run_left_is_removed_by_the_next_command(tmp_path):
     wait_for(lambda: not any(map(is_alive, pids)))
 
 
+def test_ranks_of_a_killed_run_in_a_cluster_that_stays_are_ended_and_no_others(tmp_path):
+    assert box("up", "--name", "kept").returncode == 0
+    try:
+        killed, pids = start_sleeping("kept", tmp_path)
+        (tmp_path / "other").mkdir()
+        lives, others = start_sleeping("kept", tmp_path / "other")
+        killed.kill()
+        killed.wait()
+        killed.stderr.close()
+        assert all(map(is_alive, pids))
+        assert box("run", "--name", "kept", "--per-node", "--", "true").returncode == 0
+        wait_for(lambda: not any(map(is_alive, pids)))
+        assert all(map(is_alive, others))
+        lives.terminate()
+        lives.communicate(timeout=30)
+    finally:
+        assert box("down", "--name", "kept").returncode == 0
+
+
+def test_a_cluster_whose_making_was_killed_is_not_up(tmp_path):
+    killer = with_tc(tmp_path, "kill -9 $PPID")
+    assert box("up", "--name", "half", "--rate", "1mbit", env=killer).returncode == -signal.SIGKILL
+    assert "half-n0" in host_network()[2]
+    down = box("down", "--name", "half")
+    assert down.returncode == 2
+    assert "no cluster 'half' is up" in down.stderr
+
+
 def test_a_failing_node_gives_its_exit_code_and_a_timeout_124():
     assert box("run", "--per-node", "--", "sh", "-c", "exit 3").returncode == 3
     late = box("run", "--per-node", "--timeout", "0.5", "--", "sleep", "100")
@@ -195,11 +232,7 @@ def test_a_failing_node_gives_its_exit_code_and_a_timeout_124():
 
 
 def test_a_crash_while_it_is_being_built_leaves_nothing(tmp_path):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "tc").write_text("#!/bin/sh\necho no such qdisc >&2; exit 2\n")
-    (programs / "tc").chmod(0o755)
-    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    environment = with_tc(tmp_path, "echo no such qdisc >&2; exit 2")
     done = box("run", "--rate", "1mbit", "--per-node", "--", "true", env=environment)
     assert done.returncode == 2
     assert "no such qdisc" in done.stderr

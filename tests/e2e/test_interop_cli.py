@@ -160,3 +160,16 @@ def test_a_recording_that_foretells_nothing_is_not_held_against_foretold_starts(
     assert len(said.stderr.splitlines()) == 1
     said = run("verify", placed, trace, "--protocol", "coherent", "--expected", foretold)
     assert said.stdout.count("1.000") >= 5, "both are counted from home"
+
+
+def test_filling_slots_does_not_write_over_the_plan_it_reads(folder):
+    plan = folder / "engine.plan.json"
+    slots = (((0, 1, 6), (2, 3), (4, 5), (6, 7)),) * 3
+    replace(PlacementPlan.load(folder / "plan.json"), slots=slots).save(plan)
+    before = plan.read_bytes()
+    options = ("--target", "sglang", "--config", folder / "config.json", "--fill")
+    said = run("export", plan, *options, "-o", folder / "engine.json", code=2)
+    assert "would be overwritten; name another output" in said.stderr
+    assert plan.read_bytes() == before
+    assert not (folder / "engine.json").exists()
+    run("export", plan, *options, "-o", folder / "other.json")

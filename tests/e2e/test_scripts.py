@@ -108,3 +108,10 @@ def test_a_failing_installation_is_tried_again(checkout):
     pip_calls(checkout)
     bash("prepare_environment", cwd=checkout)
     assert pip_calls(checkout) == ["torch", "--editable ."]
+
+
+def test_what_measures_for_another_script_names_it():
+    command = [sys.executable, "scripts/placement_scale.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "bench_placement.py: give that --scale" in done.stderr

@@ -69,6 +69,24 @@ def test_the_interval_holds_the_change(trace):
     assert change["low"] <= change["change"] <= change["high"] < 0
 
 
+def test_a_change_from_no_rows_is_none_or_endless_and_never_nan():
+    expert_ids = np.zeros((40, 2, 1), dtype=np.int16)
+    expert_ids[0, 1] = 3  # the one token that moves
+    trace = replace(planted_trace(layers=2, experts=4, tokens=40), expert_ids=expert_ids)
+    trace = replace(trace, sequence_ids=np.arange(40, dtype=np.int32))
+    linear = count_traffic(trace, get_strategy("linear")(trace, FOUR))
+    still = replace(linear, rows_of_token=np.zeros_like(linear.rows_of_token))
+    assert bootstrap_change(trace, linear, still) == {"change": -1.0, "low": -1.0, "high": -1.0}
+    assert bootstrap_change(trace, still, still) == {"change": 0.0, "low": 0.0, "high": 0.0}
+    assert bootstrap_change(trace, still, linear)["change"] == np.inf
+
+
+def test_domains_may_share_sequences(trace):
+    domain = (np.arange(trace.num_tokens) % 2).astype(np.uint8)
+    shift = domain_shift(replace(trace, domain_ids=domain, domains=("a", "b")), FOUR, options=QUICK)
+    assert set(shift["kept"]) == {"a", "b", "all"}
+
+
 def test_the_null_gains_nothing(trace):
     change = evaluate_null(trace, FOUR, options=replace(QUICK, effort=1.0))
     assert abs(change["change"]) < 0.05

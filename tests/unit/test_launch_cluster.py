@@ -56,7 +56,12 @@ def test_racks_take_the_nodes_in_order_and_meet_at_shaped_trunks():
         ({"racks": 3}, "--racks must be from 1 to 2"),
         ({"rate": "fast"}, "--rate must be a rate such as"),
         ({"rate": "0mbit"}, "--rate must be a rate such as"),
+        ({"rate": "0.0001kbit"}, "from 100kbit to 100gbit"),
+        ({"rate": "99999999999gbit"}, "from 100kbit to 100gbit"),
+        ({"racks": 2, "trunk_rate": "1kbit"}, "--trunk-rate must be a rate"),
         ({"burst": "many"}, "--burst must be a size"),
+        ({"burst": "1500b"}, "from 3000b"),
+        ({"burst": "5000mb"}, "to 3mb"),
         ({"trunk_rate": "1gbit"}, "give --racks 2 or more"),
         ({"name": "Box one"}, "--name must be"),
         ({"mtu": 100}, "--mtu must be from 576"),
@@ -65,6 +70,14 @@ def test_racks_take_the_nodes_in_order_and_meet_at_shaped_trunks():
 def test_a_shape_that_cannot_be_built_is_refused(options, message):
     with pytest.raises(BoxError, match=message):
         Cluster(**options)
+
+
+@pytest.mark.parametrize("timeout", ["nan", "0", "-1"])
+def test_a_timeout_that_never_or_always_ends_is_refused(timeout, capsys):
+    with pytest.raises(SystemExit) as caught:
+        __main__.main(["run", "--timeout", timeout, "--", "true"])
+    assert caught.value.code == 2
+    assert "--timeout: must be seconds above 0" in capsys.readouterr().err
 
 
 def test_rates_are_decimal():

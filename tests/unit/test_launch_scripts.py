@@ -75,7 +75,11 @@ def test_a_task_of_an_array_reads_its_own_shard(call):
     [
         ((), SLURM, "say what exflow shall do"),
         (("run",), {}, "start it with sbatch"),
+        (("run",), SLURM | {"SLURM_JOB_NUM_NODES": ""}, "start it with sbatch"),
+        (("run",), SLURM | {"SLURM_JOB_NODELIST": ""}, "start it with sbatch"),
         (("run",), SLURM | {"EXFLOW_ENVIRONMENT": "nowhere"}, "set EXFLOW_ENVIRONMENT"),
+        (("run",), SLURM | {"EXFLOW_RANKS": "x"}, "a number of ranks from 1, got 'x'"),
+        (("run",), SLURM | {"EXFLOW_RANKS": "-1"}, "a number of ranks from 1, got '-1'"),
     ],
 )
 def test_slurm_says_what_is_missing(call, arguments, variables, message):
@@ -83,6 +87,12 @@ def test_slurm_says_what_is_missing(call, arguments, variables, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert not log
+
+
+def test_a_node_without_gpus_gets_one_rank(call):
+    done, log = call("slurm.sbatch", "run", **SLURM | {"SLURM_GPUS_ON_NODE": "0"})
+    assert done.returncode == 0, done.stderr
+    assert "--nproc-per-node 1 " in log
 
 
 def test_one_machine_gets_a_rank_for_each_gpu(call):
@@ -96,6 +106,13 @@ def test_without_gpus_two_ranks_or_as_many_as_asked(call):
     assert "--nproc-per-node 2 " in log
     _, log = call("torchrun.sh", "run", EXFLOW_RANKS="5")
     assert "--nproc-per-node 5 " in log.splitlines()[-1]
+
+
+@pytest.mark.parametrize("ranks", ["x", "-1", "0", "1.5"])
+def test_ranks_that_are_no_number_are_refused(call, ranks):
+    done, log = call("torchrun.sh", "run", EXFLOW_RANKS=ranks)
+    assert (done.returncode, log) == (2, "")
+    assert done.stderr == f"error: EXFLOW_RANKS must be a number of ranks from 1, got '{ranks}'\n"
 
 
 def test_without_torchrun_it_says_so(call):

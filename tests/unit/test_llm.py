@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from exflow import LLM, SamplingParams
+from exflow import LLM, SamplingParams, UserError
 from tiny_checkpoints import qwen3_moe, save_byte_tokenizer
 
 PROMPTS = ["One", "two and", "three, and a longer one", "4"]
@@ -47,7 +47,7 @@ def test_token_ids_are_prompts_too_and_one_text_is_one_prompt(llm):
 
 @pytest.mark.parametrize("prompt", ["\ud800", [5, 256], [-1], [0.5], 7])
 def test_what_is_no_prompt_is_refused_by_its_number(llm, prompt):
-    with pytest.raises(ValueError, match="prompt 1 "):
+    with pytest.raises(UserError, match="prompt 1 "):
         llm.generate(["One", prompt])
 
 

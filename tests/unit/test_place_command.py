@@ -234,6 +234,7 @@ def test_numbers_out_of_range_are_refused_with_the_option_named(folder, words):
         (("--seed", "-1"), "seed must be a whole number from 0"),
         (("--time-limit", "-1"), "time_limit is in seconds, above 0"),
         (("--effort", "inf"), "effort must be a number above 0"),
+        (("--effort", "1e30"), "at most 10000"),
         (("--keep-groups",), "--from"),
         (("--keep-groups", "--strategy", "balanced"), "for --strategy affinity"),
         (("--keep-groups", "--evaluate"), "--evaluate fits plans afresh"),
@@ -245,3 +246,11 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(folder, words, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (folder / "bad.json").exists()
+
+
+def test_what_cannot_be_evaluated_is_refused_before_a_plan_is_written(tmp_path):
+    planted_trace(tokens=60, sequences=1).save(tmp_path / "trace.safetensors")
+    done = place(tmp_path, "plan.json", "--evaluate")
+    assert done.returncode == 2
+    assert "half of the sequences, the trace has one; leave it out" in done.stderr
+    assert not (tmp_path / "plan.json").exists()

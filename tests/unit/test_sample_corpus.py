@@ -7,6 +7,7 @@ import zstandard
 
 from exflow.corpus import read_documents
 from exflow.sample_corpus import EXERCISES, SampleCorpusError, write_sample_corpus
+from placement.output import OutputError
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,16 @@ def test_the_same_seed_writes_the_same_bytes(corpus, tmp_path):
     assert first != third
 
 
+def test_shards_of_another_seed_are_left_alone(corpus):
+    folder = corpus.folders["profile"].parent
+    before = [(corpus.folders[split] / "00.jsonl.zst").read_bytes() for split in corpus.folders]
+    write_sample_corpus(folder)
+    with pytest.raises(SampleCorpusError, match="has other documents"):
+        write_sample_corpus(folder, seed=1)
+    after = [(corpus.folders[split] / "00.jsonl.zst").read_bytes() for split in corpus.folders]
+    assert after == before
+
+
 def test_the_answers_are_right():
     import random
 
@@ -63,5 +74,5 @@ def test_the_answers_are_right():
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SampleCorpusError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         write_sample_corpus(tmp_path / "file")

@@ -106,12 +106,10 @@ def test_limits_for_requests_have_pages_for_the_longest_batch():
         max_positions = 1000
         eos_token_ids = ()
 
-    limits = Limits.for_requests(
-        make_requests([PAGE_SIZE, 3 * PAGE_SIZE, 5 * PAGE_SIZE, 2000], max_tokens=PAGE_SIZE),
-        Definition(),
-        batch_size=2,
-    )
-    assert limits.num_pages == 6 + 4
+    requests = make_requests([PAGE_SIZE, 3 * PAGE_SIZE, 5 * PAGE_SIZE, 2000], max_tokens=PAGE_SIZE)
+    limits = Limits.for_requests(requests, Definition(), batch_size=2)
+    assert (limits.num_pages, limits.batch_size) == (6 + 4, 2)
+    assert Limits.for_requests(requests, Definition(), batch_size=10**11).batch_size == 4
 
 
 def test_a_full_domain_does_not_hold_up_the_others():
