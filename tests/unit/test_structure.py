@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PLANNER_NEEDS = {"numpy", "scipy", "networkx", "safetensors"}
+PLANNER_NEEDS = {"numpy", "scipy", "networkx", "safetensors", "tqdm"}
 HEAVY = ["torch", "transformers", "deepspeed", "exflow"]
 
 
