@@ -9,7 +9,7 @@ import numpy as np
 
 from placement.search.recombine import recombine
 from placement.search.solve import solve
-from placement.search.state import make_flow
+from placement.search.state import copied, make_flow
 from placement.search.walk import total_cost
 from placement.traffic import imbalance_of
 
@@ -63,7 +63,7 @@ def next_generation(searches: Sequence[Search]) -> list[Search]:
     return [
         replace(
             search,
-            layout=layout._replace(slots=layout.slots.copy(), hosts=layout.hosts.copy()),
+            layout=copied(layout),
             seed=search.seed + len(searches),
         )
         for search in searches

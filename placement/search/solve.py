@@ -25,6 +25,7 @@ from placement.search.state import (
     Machine,
     Problem,
     Tokens,
+    copied,
     first_tokens,
     make_flow,
     make_scratch,
@@ -41,7 +42,7 @@ VISITS, QUICK_VISITS = 1e7, 2e6
 LOW_PRICE, HIGH_PRICE = 2.0, 20.0
 REPAIRS, REPAIR_PRICE = 3, 100.0
 FIRST_PRICE, HASTE = 1.2, 2.0
-LAST_STEPS, MOVES_AT_ONCE = 2, 1000
+LAST_STEPS, MOVES_AT_ONCE, REPLICA_SHARE = 2, 1000, 0.5
 
 
 class Stage(NamedTuple):
@@ -53,8 +54,11 @@ class Stage(NamedTuple):
     sample: int
 
 
-REPLICA_STAGES = (Stage(0.2, 0.05, 28, 4000), Stage(0.05, 0.02, 16, 8000))
-LAST_REPLICA_STAGES = (Stage(0.02, 0.01, 10, 24000), Stage(0.01, 0.005, 10, 24000))
+REPLICA_STAGES: tuple[Stage, ...] = (Stage(0.2, 0.05, 28, 4000), Stage(0.05, 0.02, 16, 8000))
+LAST_REPLICA_STAGES: tuple[Stage, ...] = (
+    Stage(0.02, 0.01, 10, 24000),
+    Stage(0.01, 0.005, 10, 24000),
+)
 LAST_STAGES = (
     Stage(0.05, 0.03, 4, 8000),
     Stage(0.03, 0.015, 4, 8000),
@@ -105,6 +109,10 @@ class Search:
         if self.looks_ahead:
             outlook = fit_outlook(self.tokens, self.machine, self.layout, visits=visits)
             self.machine = self.machine._replace(outlook=outlook)
+
+    def fill(self, caps: Caps) -> None:
+        """Fills the spare slots that are empty."""
+        fill_spare_slots(self.problem(FILL_SAMPLE, caps, self.seed))
 
     def limits(self, flow: Flow, caps: Caps) -> Limits:
         """Caps on load as absolute numbers, and the rules of this search."""
@@ -168,30 +176,48 @@ def solve(search: Search, *, wanted: Caps, effort: float, is_fresh: bool = True)
         effort: how much search.
         is_fresh: whether replicas have yet to be found.
     """
-    caps = wanted.within()
+    caps, pace = wanted.within(), search.pace
     finds_replicas = search.replicas and search.max_moves is None
-    first = REPLICA_STAGES if finds_replicas and is_fresh else ()
-    last = LAST_REPLICA_STAGES if search.replicas else LAST_STAGES
-    with search.pace.phase("affinity, tokens", sum(stage.steps for stage in (*first, *last))):
-        for stage in first:
-            search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
-        if first and search.pace.was_hurried:  # many slots are empty: later they would take load
-            fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
-        search.look_ahead(QUICK_VISITS)
-        caps = caps._replace(mean=tightened(search, wanted.mean, caps.mean))
-        for stage in last:
-            needed = LAST_STEPS if stage is last[-1] else 0
+    if finds_replicas and is_fresh:
+        find_replicas(search, effort=effort, caps=caps)
+    search.look_ahead(QUICK_VISITS)
+    caps = caps._replace(mean=tightened(search, wanted.mean, caps.mean))
+    stages = LAST_REPLICA_STAGES if search.replicas else LAST_STAGES
+    with pace.phase("affinity", sum(stage.steps for stage in stages)):
+        for stage in stages:
+            needed = LAST_STEPS if stage is stages[-1] else 0
             search.cool(stage, effort=effort, caps=caps, top=HIGH_PRICE, needed=needed)
-            search.look_ahead(QUICK_VISITS)
+            if needed or not pace.is_over:
+                search.look_ahead(QUICK_VISITS)
         for _ in range(REPAIRS):
             if imbalance_of(search.flow().load).max() <= wanted.rank:
                 break
-            all_steps = REPAIR_STAGE.steps
-            search.cool(REPAIR_STAGE, effort=1.0, caps=caps, top=REPAIR_PRICE, needed=all_steps)
+            steps = REPAIR_STAGE.steps
+            search.cool(REPAIR_STAGE, effort=1.0, caps=caps, top=REPAIR_PRICE, needed=steps)
     if finds_replicas:
-        fill_spare_slots(search.problem(FILL_SAMPLE, caps, search.seed))
+        search.fill(caps)
     if not search.replicas:
         search.look_ahead(VISITS)  # again for the final layout; with copies it would move load
+
+
+def find_replicas(search: Search, *, effort: float, caps: Caps) -> None:
+    """Anneals from a layout without replicas to one with some.
+
+    A hot layout takes long to cool. So where time is limited, the slots are first filled with what
+    saves most at first sight, and the search starts cooler; and where it is interrupted while hot,
+    that is what it goes back to.
+    """
+    pace, stages = search.pace, REPLICA_STAGES
+    if pace.is_limited:
+        stages = REPLICA_STAGES[1:]
+        search.fill(caps)
+    before = copied(search.layout)
+    with pace.phase("affinity, replicas", sum(s.steps for s in stages), share=REPLICA_SHARE):
+        for stage in stages:
+            search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
+    if pace.is_over and not pace.is_limited:
+        search.layout = before
+        search.fill(caps)
 
 
 def tightened(search: Search, wanted: float, mean: float) -> float:

@@ -255,6 +255,11 @@ def make_layout(hosts: NDArray[np.bool_], *, slots_per_rank: int) -> Layout:
     return Layout(slots=slots, hosts=host_words(hosts))
 
 
+def copied(layout: Layout) -> Layout:
+    """A layout of its own."""
+    return Layout(slots=layout.slots.copy(), hosts=layout.hosts.copy())
+
+
 def host_words(hosts: NDArray[np.bool_]) -> NDArray[np.uint64]:
     """(L, E) the bits of the ranks with a copy, of (L, E, W) flags."""
     bits = np.uint64(1) << np.arange(hosts.shape[2], dtype=np.uint64)
