@@ -131,7 +131,7 @@ def read_documents(
     stats = CorpusStats() if stats is None else stats
     index = 0
     for shard in find_shards(paths):
-        for line, content in enumerate(_read_lines(shard), start=1):
+        for line, content in enumerate(read_lines(shard), start=1):
             if not content.strip():
                 continue
             try:
@@ -205,8 +205,12 @@ def can_encode(text: str) -> bool:
     return True
 
 
-def _read_lines(shard: Path) -> Iterator[bytes]:
-    """The lines of a shard, without their ends."""
+def read_lines(shard: Path) -> Iterator[bytes]:
+    """The lines of a file that may be compressed, without their ends.
+
+    Raises:
+        CorpusError: naming the line from which on it cannot be read.
+    """
     pending: list[bytes] = []
     line = 1
     try:

@@ -126,7 +126,7 @@ def _requests(
     usage = body.get("usage") or {}
     identity = body.get("id") or meta.get("id")
     name = f"request {identity} ({place})" if identity is not None else f"request at {place}"
-    encoded = list(_encoded(body))
+    encoded = list(find_routing(body))
     if not encoded:
         msg = f"{name} has no {FIELD}; start the server with --enable-return-routed-experts"
         raise RecordError(msg)
@@ -142,8 +142,8 @@ def _requests(
         )
 
 
-def _encoded(body: dict[str, Any]) -> Iterator[str]:
-    """The routing of the response as a whole, or else that of each choice."""
+def find_routing(body: dict[str, Any]) -> Iterator[object]:
+    """The routing of the response as a whole, or else that of each choice, as it was sent."""
     whole = [body, body.get("meta_info"), body.get("sglext"), body.get("sgl_ext")]
     for holder in whole:
         if isinstance(holder, dict) and holder.get(FIELD) is not None:
@@ -152,7 +152,7 @@ def _encoded(body: dict[str, Any]) -> Iterator[str]:
     choices = body.get("choices")
     for choice in choices if isinstance(choices, list) else []:
         if isinstance(choice, dict):
-            yield from _encoded({**choice, "choices": None})
+            yield from find_routing({**choice, "choices": None})
 
 
 def _decode_base64(text: object, name: str) -> bytes:
