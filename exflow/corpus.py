@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from placement.errors import UserError
+from placement.json_text import can_encode
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -194,15 +195,6 @@ def _parse(content: bytes) -> tuple[str, str]:
         msg = 'no string "meta.pile_set_name"'
         raise ValueError(msg)
     return text, subset
-
-
-def can_encode(text: str) -> bool:
-    """Whether it is text: JSON may name halves of surrogate pairs, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_lines(shard: Path) -> Iterator[bytes]:

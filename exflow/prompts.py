@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from exflow.corpus import can_encode, read_lines
+from exflow.corpus import read_lines
 from exflow.server import Prompt, ServerError
-from placement.json_text import parse_json
+from placement.json_text import can_encode, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -203,6 +203,8 @@ def check_groups(plan: PlacementPlan, shape: ModelShape) -> list[Finding]:
     """Whether a group-limited router's groups are torn apart over nodes."""
     if shape.num_groups == 1 or plan.topology.num_nodes == 1:
         return []
+    if plan.num_experts % shape.num_groups:  # of another model, as check_shape says
+        return []
     size = plan.num_experts // shape.num_groups
     torn = 0
     for ranks in plan.slots:

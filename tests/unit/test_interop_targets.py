@@ -1,6 +1,7 @@
 """Export targets: round trips, what they refuse, what they say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def _random_layer(rng, ranks, share, experts):
 
 
 def shape_of(plan, extra_layers=0):
-    return ModelShape.of_plan(plan).override(num_layers=max(plan.layer_ids) + 1 + extra_layers)
+    return replace(ModelShape.of_plan(plan), num_layers=max(plan.layer_ids) + 1 + extra_layers)
 
 
 @pytest.mark.parametrize("name", EQUAL_SLOTS)
@@ -230,7 +231,9 @@ def test_a_dense_models_config_is_refused(tmp_path):
         ModelShape.from_config(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "3,2", "1,1", "-3"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1-", "3,2", "1,1", "-3", "5-3", "\u00b2", "0-9999999999"]
+)
 def test_layer_lists_that_make_no_sense_are_refused(text):
     with pytest.raises(ConfigError):
         parse_layers(text)
@@ -244,9 +247,16 @@ def test_layer_lists_that_make_no_sense_are_refused(text):
         '{"num_hidden_layers": "two", "num_experts": 4}',
         '{"num_hidden_layers": Infinity, "num_experts": 4}',
         '{"num_hidden_layers": 2, "num_experts": [4]}',
+        '{"num_hidden_layers": 2, "num_experts": 4.5}',
+        '{"num_hidden_layers": 2, "num_experts": -4}',
+        '{"num_hidden_layers": 0, "num_experts": 4}',
+        '{"num_hidden_layers": 100000000, "num_experts": 4}',
+        '{"num_hidden_layers": 2, "num_experts": 4, "first_k_dense_replace": 2}',
+        '{"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 5}',
+        '{"num_hidden_layers": 2, "num_experts": 4, "n_group": 3}',
     ],
 )
-def test_a_config_that_cannot_be_read_is_refused_by_name(tmp_path, text):
+def test_a_config_that_cannot_be_or_cannot_be_read_is_refused_by_name(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json: .*"):
         ModelShape.from_config(tmp_path)
@@ -354,3 +364,10 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     ):
         with pytest.raises(ExportError, match=said):
             read_export("deepspeed", file, shape, 1)
+
+
+def test_a_plan_of_fewer_experts_than_the_models_groups_is_of_another_model():
+    plan = make_plan([[[0, 2], [1, 3]]], nodes=2)
+    shape = ModelShape(num_layers=1, moe_layers=(0,), num_experts=16, num_groups=8)
+    said = [finding.text for finding in find_target("sglang").check(plan, shape)]
+    assert said == ["the plan has 4 experts, the model 16"]
