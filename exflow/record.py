@@ -151,7 +151,7 @@ def _send_all(
 
 def _await(flying: set[Future[None]], seconds: float | None) -> None:
     if flying:
-        logger.warning("waiting for %d answers on their way; Ctrl-C gives them up", len(flying))
+        logger.warning("waiting for requests on their way (%d); Ctrl-C gives them up", len(flying))
         wait(flying, timeout=seconds)
 
 

@@ -171,7 +171,7 @@ def _call(url: str, body: dict[str, Any] | None, timeout: float, what: str) -> d
             failure = ServerError(f"{what}: {url} cannot be reached: {error!r}; is the server up?")
             continue
         if status == 200:
-            return _json_object(content, url)
+            return _json_object(content, f"{what}: {url}")
         detail = content.decode(errors="replace")[:200]
         kind = RefusalError if body is not None and status in REFUSED else ServerError
         failure = kind(f"{what}: {url} answered {status}: {detail}")
@@ -190,13 +190,13 @@ def _fetch(request: urllib.request.Request, timeout: float) -> tuple[int, bytes]
             return error.code, error.read()
 
 
-def _json_object(data: bytes, url: str) -> dict[str, Any]:
+def _json_object(data: bytes, source: str) -> dict[str, Any]:
     try:
         answer = parse_json(data)
     except JsonError as error:
-        msg = f"{url} did not answer with JSON: {data[:80]!r}"
+        msg = f"{source} did not answer with JSON: {data[:80]!r}"
         raise ServerError(msg) from error
     if not isinstance(answer, dict):
-        msg = f"{url} answered with {type(answer).__name__}, an object was expected"
+        msg = f"{source} answered with {type(answer).__name__}, an object was expected"
         raise ServerError(msg)
     return answer

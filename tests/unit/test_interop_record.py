@@ -199,6 +199,7 @@ def test_a_list_of_models_that_is_none_is_a_clear_error(models, monkeypatch):
         ({"choices": [{"routed_experts": 5}]}, "without routed experts"),
         (b"hello\r\n\r\n", "BadStatusLine"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{", "not answer with JSON"),
     ],
 )
 def test_odd_answers_name_the_prompt(tmp_path, monkeypatch, answer, said):
