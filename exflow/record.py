@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from exflow.server import RefusalError, ServerError
 from placement.json_text import JsonError, parse_json
+from placement.output import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -58,15 +59,20 @@ def record(
         RefusalError: at the end, naming the prompts that were refused.
         ServerError: at the first prompt that fails otherwise, or if the output answers another
             prompt under the same name.
+        OutputError: the output cannot be written.
     """
     prompts = list(prompts)
     done = read_done(output)
     left = _left(prompts, done, output)
     on_answer(len(prompts) - len(left))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("ab") as file:
-        recording = _Recording(server=server, file=file, on_answer=on_answer)
-        refused = _send_all(recording, iter(left), concurrency)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("ab") as file:
+            recording = _Recording(server=server, file=file, on_answer=on_answer)
+            refused = _send_all(recording, iter(left), concurrency)
+    except OSError as error:
+        msg = f"{output}: cannot be written: {error.strerror or error}"
+        raise OutputError(msg) from error
     if refused:
         shown = "; ".join(map(str, refused[:3])) + ("; ..." if len(refused) > 3 else "")
         msg = (

@@ -172,7 +172,7 @@ def _call(url: str, body: dict[str, Any] | None, timeout: float, what: str) -> d
             continue
         if status == 200:
             return _json_object(content, f"{what}: {url}")
-        detail = content.decode(errors="replace")[:200]
+        detail = " ".join(content.decode(errors="replace").split())[:200]
         kind = RefusalError if body is not None and status in REFUSED else ServerError
         failure = kind(f"{what}: {url} answered {status}: {detail}")
         if status not in BUSY:

@@ -38,7 +38,9 @@ def record(
     from exflow.prompts import read_prompts
     from exflow.record import record as record_answers
     from exflow.server import find_server
+    from placement.output import check_writable
 
+    check_writable(output, inputs=prompts)
     running = find_server(server, model=model, max_tokens=max_tokens, timeout=timeout)
     wanted = list(islice(read_prompts(prompts, max_characters=max_characters), limit))
     with tqdm(total=len(wanted), unit="prompt", desc=running.model, disable=None) as bar:

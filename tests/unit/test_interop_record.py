@@ -10,18 +10,21 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from exflow import record as recording
 from exflow import server as serving
+from exflow.commands.record import record as record_command
 from exflow.corpus import CorpusError
 from exflow.prompts import read_prompts
 from exflow.record import read_done, record
 from exflow.server import Prompt, RefusalError, ServerError, find_server
 from placement.interop.importers import read_trace
 from placement.interop.model_shape import ModelShape
+from placement.output import OutputError
 
 SHAPE = ModelShape(num_layers=2, moe_layers=(0, 1), num_experts=8, top_k=2)
 PROMPTS = [Prompt(name=f"p{i}", text=f"text {i}", domain="Github") for i in range(6)]
@@ -170,6 +173,21 @@ def test_ctrl_c_keeps_the_answers_on_their_way_and_ends_though_the_server_hangs(
             record(find_server(url), PROMPTS, output, concurrency=2)
         assert names_in(output) == {"p1"}
         over.set()
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "read_done", lambda _: {})  # it would read /dev/full for ever
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    with serve("vllm") as (url, _), pytest.raises(OutputError, match=r"full\.jsonl: cannot be wri"):
+        record(find_server(url), PROMPTS, tmp_path / "full.jsonl")
+
+
+def test_the_command_writes_over_no_prompts_and_no_device(tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"id": 1, "prompt": "a"}\n')
+    for output in (prompts, Path("/dev/null")):
+        with pytest.raises(OutputError):
+            record_command("http://localhost:1", [prompts], output)
 
 
 def test_a_name_that_answers_another_prompt_is_refused(tmp_path):
