@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from placement.errors import UserError
+from placement.json_text import can_encode
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -131,7 +132,7 @@ def read_documents(
     stats = CorpusStats() if stats is None else stats
     index = 0
     for shard in find_shards(paths):
-        for line, content in enumerate(_read_lines(shard), start=1):
+        for line, content in enumerate(read_lines(shard), start=1):
             if not content.strip():
                 continue
             try:
@@ -196,17 +197,12 @@ def _parse(content: bytes) -> tuple[str, str]:
     return text, subset
 
 
-def can_encode(text: str) -> bool:
-    """Whether it is text: JSON may name halves of surrogate pairs, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def read_lines(shard: Path) -> Iterator[bytes]:
+    """The lines of a file that may be compressed, without their ends.
 
-
-def _read_lines(shard: Path) -> Iterator[bytes]:
-    """The lines of a shard, without their ends."""
+    Raises:
+        CorpusError: naming the line from which on it cannot be read.
+    """
     pending: list[bytes] = []
     line = 1
     try:

@@ -19,7 +19,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from exflow.corpus import can_encode
 from exflow.models.checkpoint import Checkpoint
 from exflow.runtime.agreement import check_same
 from exflow.runtime.engine import EngineOptions
@@ -29,6 +28,7 @@ from exflow.runtime.progress import with_progress
 from exflow.runtime.ranks import DEFAULT_TIMEOUT, Ranks
 from exflow.runtime.requests import Completion, Request, SamplingParams
 from placement.errors import UserError
+from placement.json_text import can_encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

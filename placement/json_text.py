@@ -29,3 +29,12 @@ def parse_json(text: str | bytes) -> Any:
     except ValueError as error:  # Python converts no more digits than sys.get_int_max_str_digits
         msg = "not JSON that can be read: a number has too many digits"
         raise JsonError(msg) from error
+
+
+def can_encode(text: str) -> bool:
+    """Whether it is text: JSON may name halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -11,7 +11,8 @@ import typer
 def record(
     server: Annotated[str, typer.Option(help="Its address, as http://localhost:8000.")],
     prompts: Annotated[
-        list[Path], typer.Option(help="Prompts: .txt, .jsonl or .jsonl.zst; may be given again.")
+        list[Path],
+        typer.Option(help="Prompts: .txt, .jsonl, .jsonl.zst or .jsonl.gz; may be given again."),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="JSON Lines to append to; then exflow import.")
@@ -35,9 +36,11 @@ def record(
     from tqdm import tqdm
 
     from exflow.prompts import read_prompts
-    from exflow.record import find_server
     from exflow.record import record as record_answers
+    from exflow.server import find_server
+    from placement.output import check_writable
 
+    check_writable(output, inputs=prompts)
     running = find_server(server, model=model, max_tokens=max_tokens, timeout=timeout)
     wanted = list(islice(read_prompts(prompts, max_characters=max_characters), limit))
     with tqdm(total=len(wanted), unit="prompt", desc=running.model, disable=None) as bar:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exflow.corpus import can_encode
 from placement.errors import UserError
-from placement.json_text import JsonError, parse_json
+from placement.json_text import JsonError, can_encode, parse_json
 
 
 class PromptError(UserError):

@@ -44,7 +44,7 @@ def import_trace(
     from placement.output import check_writable
 
     check_writable(output, inputs=[*files, config])
-    shape = (ModelShape.from_config(config) if config else ModelShape()).override(
+    shape = (ModelShape.from_config(config) if config else ModelShape()).filled(
         model=model,
         num_experts=num_experts,
         num_layers=num_layers,

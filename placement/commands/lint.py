@@ -27,6 +27,7 @@ def lint(
     from placement.interop.errors import ExportError
     from placement.interop.model_shape import ModelShape
     from placement.interop.targets import error, read_export
+    from placement.topology import Topology
 
     shape = ModelShape.from_config(model) if model else None
     plan = _as_plan(file)
@@ -35,7 +36,8 @@ def lint(
         findings = _check(plan, target, shape or ModelShape.of_plan(plan))
     else:
         try:
-            read_export(target, file, shape or ModelShape(), ranks)
+            read = read_export(target, file, shape or ModelShape(), ranks)
+            read.to_plan(Topology(num_nodes=1, ranks_per_node=ranks), model="", source=target)
         except ExportError as refused:
             findings = [error(str(refused))]
     for finding in findings:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from placement.interop.errors import ExportError
 from placement.interop.safetensors_rows import Change, Tensor, read_header, rewrite
-from placement.interop.slots import ReadPlan, from_rows
+from placement.interop.slots import ReadPlan, check_rows, from_rows
 from placement.interop.targets import (
     Finding,
     check_equal_slots,
@@ -226,5 +226,5 @@ def read_plan(folder: Path, num_ranks: int) -> ReadPlan:
         msg = f"{file}: not the note of a permuted checkpoint: {failure!r}"
         raise ExportError(msg) from failure
     layer_ids = tuple(sorted(rows))
-    slots = from_rows([rows[layer] for layer in layer_ids], num_ranks)
+    slots = from_rows(check_rows([rows[layer] for layer in layer_ids]), num_ranks)
     return ReadPlan(layer_ids=layer_ids, num_experts=experts, slots=slots, model=model)

@@ -39,7 +39,12 @@ def trace_of_counts(
     """
     counts, layer_ids = _moe_layers(counts, shape)
     top_k = shape.top_k or 1
-    if not np.isfinite(counts).all() or counts.min() < 0 or not counts.sum(axis=1).all():
+    if (
+        not counts.size
+        or not np.isfinite(counts).all()
+        or counts.min() < 0
+        or not counts.sum(axis=1).all()
+    ):
         msg = "loads must be zero or more, and a layer cannot be without any"
         raise RecordError(msg)
     tokens = int(min(MAX_TOKENS, max(counts.sum(axis=1).max() // top_k, 2)))
@@ -65,6 +70,9 @@ def _moe_layers(
         raise RecordError(msg)
     known = shape.moe_layers
     if known is None:
+        if shape.num_layers not in {None, layers}:
+            msg = f"the loads are of {layers} layers, the model has {shape.num_layers}; "
+            raise RecordError(msg + "give --moe-layers")
         used = tuple(int(layer) for layer in np.flatnonzero(counts.sum(axis=1)))
         return counts[list(used)], used
     if layers == len(known):

@@ -7,10 +7,11 @@ runtime still routes to contiguous ranks: to run a plan, permute the checkpoint 
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from placement.interop.errors import ExportError
-from placement.interop.slots import ReadPlan
+from placement.interop.slots import ReadPlan, from_ranks
 from placement.interop.targets import Finding, Target, check_shape, load_object, warning
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 ROOT = "expert_placement"
+LAYER = re.compile(r"[0-9]{1,9}$")
 
 
 def check(plan: PlacementPlan, shape: ModelShape) -> list[Finding]:
@@ -62,28 +64,32 @@ def parse(text: str, shape: ModelShape, num_ranks: int) -> ReadPlan:
         ExportError: if they are of another version or number of ranks.
     """
     del shape
-    data = load_object(text, "file of DeepSpeed descriptors")
-    try:
-        layers = {int(layer): entry for layer, entry in data[ROOT].items()}
-        slots = tuple(_ranks(layers[layer], num_ranks) for layer in sorted(layers))
-        num_experts = int(next(iter(layers.values()))["num_experts"])
-    except (KeyError, TypeError, ValueError, StopIteration) as failure:
-        if isinstance(failure, ExportError):
-            raise
-        msg = f"not a file of DeepSpeed descriptors: {failure!r}"
-        raise ExportError(msg) from failure
-    return ReadPlan(layer_ids=tuple(sorted(layers)), num_experts=num_experts, slots=slots)
-
-
-def _ranks(entry: dict[str, Any], num_ranks: int) -> tuple[tuple[int, ...], ...]:
-    if entry["version"] != VERSION or entry["ep_size"] != num_ranks:
+    found = load_object(text, "file of DeepSpeed descriptors").get(ROOT)
+    if not isinstance(found, dict) or not found or not all(LAYER.match(layer) for layer in found):
         msg = (
-            f"descriptor of version {entry['version']} for {entry['ep_size']} ranks, expected "
+            f"not a file of DeepSpeed descriptors: {ROOT!r} must hold one under each layer's index"
+        )
+        raise ExportError(msg)
+    layers = {int(layer): found[layer] for layer in sorted(found, key=int)}
+    slots = tuple(_ranks(entry, layer, num_ranks) for layer, entry in layers.items())
+    num_experts, *others = [entry.get("num_experts") for entry in layers.values()]
+    if type(num_experts) is not int or any(other != num_experts for other in others):
+        msg = "the descriptors must agree on num_experts, a whole number"
+        raise ExportError(msg)
+    return ReadPlan(layer_ids=tuple(layers), num_experts=num_experts, slots=slots)
+
+
+def _ranks(entry: Any, layer: int, num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    entry = entry if isinstance(entry, dict) else {}
+    version, ranks = entry.get("version"), entry.get("ep_size")
+    if version != VERSION or ranks != num_ranks:
+        msg = (
+            f"layer {layer}: descriptor of version {version} for {ranks} ranks, expected "
             f"version {VERSION} for {num_ranks}"
         )
         raise ExportError(msg)
-    experts = {int(item["rank"]): item["experts"] for item in entry["ranks"]}
-    return tuple(tuple(int(e) for e in experts[rank]) for rank in range(num_ranks))
+    where = f"layer {layer}"
+    return from_ranks(entry.get("ranks"), num_ranks, rank="rank", experts="experts", where=where)
 
 
 def usage(plan: PlacementPlan, shape: ModelShape, path: Path) -> list[str]:

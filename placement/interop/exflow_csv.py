@@ -62,19 +62,21 @@ def parse(text: str, shape: ModelShape, num_ranks: int) -> ReadPlan:
 
 
 def _read_lines(text: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    lines = list(csv.reader(io.StringIO(text)))
-    if not lines or lines[0] != HEADER:
+    try:
+        header, *lines = [line for line in csv.reader(io.StringIO(text)) if line]
+        pairs = np.array([(int(expert), int(rank)) for expert, rank in lines], dtype=np.int64)
+    except (ValueError, OverflowError, csv.Error) as failure:
+        msg = f"lines of {','.join(HEADER)!r} were expected: {failure}"
+        raise ExportError(msg) from failure
+    if header != HEADER:
         msg = f"the first line must be {','.join(HEADER)!r}"
         raise ExportError(msg)
-    try:
-        ranks = {int(expert): int(rank) for expert, rank in (line for line in lines[1:] if line)}
-    except ValueError as failure:
-        msg = f"a line is not 'expert,rank': {failure}"
-        raise ExportError(msg) from failure
-    if sorted(ranks) != list(range(len(ranks))) or not ranks:
-        msg = "expert ids must run from 0 without gaps"
+    if not len(pairs) or not np.array_equal(np.sort(pairs[:, 0]), np.arange(len(pairs))):
+        msg = "expert ids must run from 0 without gaps, each once"
         raise ExportError(msg)
-    return np.array([ranks[expert] for expert in range(len(ranks))], dtype=np.int64)
+    ranks = np.empty(len(pairs), dtype=np.int64)
+    ranks[pairs[:, 0]] = pairs[:, 1]
+    return ranks
 
 
 def usage(plan: PlacementPlan, shape: ModelShape, path: Path) -> list[str]:

@@ -12,9 +12,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from placement.interop.arrays import load_tensors, whole_numbers
 from placement.interop.errors import RecordError
 from placement.merging import merge_traces
 from placement.trace import RoutingTrace
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from placement.interop.model_shape import ModelShape
     from placement.interop.trace_parts import Phase
 
-LOGITS = re.compile(r"(?:router_logits\.)?(\d+)$")
+LOGITS = re.compile(r"(?:router_logits\.)?([0-9]{1,9})$")
 BIAS = "e_score_correction_bias."
 
 
@@ -46,29 +45,34 @@ def read(paths: Sequence[Path], shape: ModelShape, *, phase: Phase = "all") -> R
 
 
 def _read_one(path: Path, shape: ModelShape) -> RoutingTrace:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        msg = f"{path}: not a safetensors file of float32 or float16 logits: {error!r}"
-        raise RecordError(msg) from error
+    tensors = load_tensors(path)
     logits = {int(m[1]): tensors[name] for name in tensors if (m := LOGITS.match(name))}
     layer_ids = tuple(sorted(logits))
     if not layer_ids or (shape.moe_layers is not None and layer_ids != shape.moe_layers):
         msg = f"{path}: logits of layers {layer_ids}, the model has experts at {shape.moe_layers}"
         raise RecordError(msg)
-    sequences = _sequences(path, tensors, logits[layer_ids[0]])
+    first = logits[layer_ids[0]]
+    if first.ndim not in {2, 3} or not first.size:
+        msg = f"{path}: logits have shape {first.shape}, expected (tokens, experts)"
+        raise RecordError(msg)
+    shape = shape.filled(num_experts=first.shape[-1])
+    sequences = _sequences(path, tensors, first)
     columns = []
     for layer in layer_ids:
-        flat = logits[layer].reshape(-1, logits[layer].shape[-1]).astype(np.float32)
-        if len(flat) != len(sequences) or not np.isfinite(flat).all():
-            msg = f"{path}: layer {layer} has {len(flat)} tokens of {len(sequences)}, or NaN logits"
+        if logits[layer].shape != first.shape or not np.isfinite(logits[layer]).all():
+            msg = f"{path}: layer {layer} has logits of {logits[layer].shape}, or NaN; layer "
+            raise RecordError(msg + f"{layer_ids[0]} of {first.shape}")
+        bias = tensors.get(f"{BIAS}{layer}")
+        if bias is not None and bias.shape != first.shape[-1:]:
+            msg = f"{path}: the bias of layer {layer} has shape {bias.shape}, not one an expert"
             raise RecordError(msg)
-        columns.append(choose_experts(flat, shape, tensors.get(f"{BIAS}{layer}")))
+        flat = logits[layer].reshape(-1, first.shape[-1]).astype(np.float32)
+        columns.append(choose_experts(flat, shape, bias))
     return RoutingTrace(
         expert_ids=np.stack([ids for ids, _ in columns], axis=1),
         expert_weights=np.stack([weights for _, weights in columns], axis=1),
         sequence_ids=sequences,
-        num_experts=logits[layer_ids[0]].shape[-1],
+        num_experts=first.shape[-1],
         model=shape.model or "unknown",
         layer_ids=layer_ids,
         phase="teacher-forced",
@@ -79,7 +83,8 @@ def _read_one(path: Path, shape: ModelShape) -> RoutingTrace:
 def _sequences(path: Path, tensors: dict[str, Any], first: NDArray[Any]) -> NDArray[np.int32]:
     tokens = int(np.prod(first.shape[:-1]))
     if "sequence_ids" in tensors:
-        sequences: NDArray[np.int32] = tensors["sequence_ids"].astype(np.int32)
+        what = f"{path}: sequence_ids"
+        sequences = whole_numbers(tensors["sequence_ids"], what, stop=1 << 31).astype(np.int32)
         if sequences.shape != (tokens,):
             msg = f"{path}: sequence_ids has shape {sequences.shape}, the logits {tokens} tokens"
             raise RecordError(msg)

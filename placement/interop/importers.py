@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from placement.interop.errors import RecordError
+from placement.interop.errors import ConfigError, RecordError
+from placement.trace import COUNTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,4 +42,13 @@ def read_trace(
         msg = f"no such file: {', '.join(missing) or 'none was given'}"
         raise RecordError(msg)
     trace: RoutingTrace = import_module(IMPORTERS[engine]).read(paths, shape, phase=phase)
+    try:
+        shape.filled(
+            num_experts=trace.num_experts,
+            top_k=None if trace.phase == COUNTS else trace.top_k,
+            moe_layers=trace.layer_ids,
+        )
+    except ConfigError as error:
+        msg = f"{paths[0]}: of another model than was said: {error}"
+        raise RecordError(msg) from error
     return trace

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from placement.identity import span
 from placement.interop.errors import ConfigError
 from placement.json_text import parse_json
+from placement.trace import MAX_EXPERTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
+MAX_LAYERS = 10_000
+DISAGREEMENT = "the config, the options and the files must agree"
+LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,39 @@ class ModelShape:
     scoring: str = "softmax"
     group_score: str = "max"
 
+    def __post_init__(self) -> None:
+        experts = self.num_experts or MAX_EXPERTS
+        for what, number, most in (
+            ("the number of layers", self.num_layers, MAX_LAYERS),
+            ("the number of experts", self.num_experts, MAX_EXPERTS),
+            ("experts a token (top-k)", self.top_k, experts),
+            ("the number of expert groups", self.num_groups, experts),
+            ("groups a token", self.top_groups, experts),
+        ):
+            if number is not None and not 1 <= number <= most:
+                msg = f"{what}: {number}, expected 1 to {most}"
+                raise ConfigError(msg)
+        if not 0 <= self.num_mtp_layers <= MAX_LAYERS:
+            msg = (
+                f"multi-token-prediction layers: {self.num_mtp_layers}, expected 0 to {MAX_LAYERS}"
+            )
+            raise ConfigError(msg)
+        if experts % self.num_groups:
+            msg = f"{experts} experts make no {self.num_groups} equal groups"
+            raise ConfigError(msg)
+        self._check_layers(self.moe_layers, self.num_layers or MAX_LAYERS)
+
+    @staticmethod
+    def _check_layers(layers: tuple[int, ...] | None, num_layers: int) -> None:
+        if layers is None:
+            return
+        if not layers:
+            msg = "the model has no layer with experts"
+            raise ConfigError(msg)
+        if layers != tuple(sorted(set(layers))) or layers[0] < 0 or layers[-1] >= num_layers:
+            msg = f"MoE layers {span(layers)}: expected rising numbers from 0 to {num_layers - 1}"
+            raise ConfigError(msg)
+
     @classmethod
     def from_config(cls, path: str | Path) -> ModelShape:
         """Read a Hugging Face config.json, or the folder that holds it.
@@ -60,9 +99,10 @@ class ModelShape:
             msg = f"{file}: not a readable config.json: {error}"
             raise ConfigError(msg) from error
         try:
-            return _from_config(config, file)
-        except ConfigError:
-            raise
+            return _from_config(config)
+        except ConfigError as error:
+            msg = f"{file}: {error}"
+            raise ConfigError(msg) from error
         except (ValueError, TypeError, OverflowError) as error:
             msg = f"{file}: a field of config.json has the wrong type: {error}"
             raise ConfigError(msg) from error
@@ -77,7 +117,7 @@ class ModelShape:
             num_experts=plan.num_experts,
         )
 
-    def override(
+    def filled(
         self,
         *,
         model: str | None = None,
@@ -86,15 +126,24 @@ class ModelShape:
         num_experts: int | None = None,
         top_k: int | None = None,
     ) -> ModelShape:
-        """The same with the fields that are given replaced."""
-        return replace(
+        """The same with what was not known filled in; the model may be renamed.
+
+        Raises:
+            ConfigError: something is known to be different.
+        """
+        filled = replace(
             self,
             model=model or self.model,
-            num_layers=num_layers or self.num_layers,
-            moe_layers=moe_layers or self.moe_layers,
-            num_experts=num_experts or self.num_experts,
-            top_k=top_k or self.top_k,
+            num_layers=_agreed("layers", self.num_layers, num_layers),
+            num_experts=_agreed("experts", self.num_experts, num_experts),
+            top_k=_agreed("experts a token (top-k)", self.top_k, top_k),
         )
+        if moe_layers is None or self.moe_layers == moe_layers:
+            return filled
+        if self.moe_layers is not None:
+            msg = f"MoE layers {span(self.moe_layers)} and {span(moe_layers)}: {DISAGREEMENT}"
+            raise ConfigError(msg)
+        return replace(filled, moe_layers=moe_layers)
 
     def need_experts(self) -> int:
         """The number of experts, or a ConfigError that names the option."""
@@ -132,48 +181,65 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            msg = f"layers {text!r}: expected numbers and ranges, as 1-26 or 1,3,5"
+        match = LAYERS.fullmatch(part.strip())
+        if match is None:
+            msg = f"layers {text!r}: expected numbers and ranges below 10000, as 1-26 or 1,3,5"
             raise ConfigError(msg)
-        layers += range(int(first), int(last or first) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        layers += range(first, last + 1) if first <= last else (first, last)
     if sorted(set(layers)) != layers:
         msg = f"layers {text!r}: each layer once, in rising order"
         raise ConfigError(msg)
     return tuple(layers)
 
 
+def _agreed(what: str, known: int | None, given: int | None) -> int | None:
+    if known is not None and given not in {None, known}:
+        msg = f"{known} and {given} {what}: {DISAGREEMENT}"
+        raise ConfigError(msg)
+    return given if known is None else known
+
+
 def _unknown(what: str, option: str) -> str:
     return f"the file does not tell {what}; give --config path/to/config.json or {option}"
 
 
-def _from_config(config: object, file: Path) -> ModelShape:
+def _from_config(config: object) -> ModelShape:
     if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
         config = {**config, **config["text_config"]}
     if not isinstance(config, dict) or "num_hidden_layers" not in config:
-        msg = f"{file}: not a model's config.json (no num_hidden_layers)"
+        msg = "not a model's config.json (no num_hidden_layers)"
         raise ConfigError(msg)
     experts = _first(config, EXPERT_KEYS)
     if experts is None:
-        msg = f"{file}: the model has no routed experts (none of {', '.join(EXPERT_KEYS)})"
+        msg = f"the model has no routed experts (none of {', '.join(EXPERT_KEYS)})"
         raise ConfigError(msg)
-    layers = int(config["num_hidden_layers"])
+    layers = _first(config, ("num_hidden_layers",))
+    if layers is None or not 1 <= layers <= MAX_LAYERS:
+        msg = f"num_hidden_layers is {layers}, expected 1 to {MAX_LAYERS}"
+        raise ConfigError(msg)
     return ModelShape(
         model=str(config.get("_name_or_path") or ""),
         num_layers=layers,
         moe_layers=tuple(i for i in range(layers) if _is_moe(config, i)),
         num_experts=experts,
         top_k=_first(config, TOP_K_KEYS),
-        num_groups=int(config.get("n_group") or 1),
-        top_groups=int(config.get("topk_group") or 1),
-        num_mtp_layers=int(config.get("num_nextn_predict_layers") or 0),
+        num_groups=_first(config, ("n_group",)) or 1,
+        top_groups=_first(config, ("topk_group",)) or 1,
+        num_mtp_layers=_first(config, ("num_nextn_predict_layers",)) or 0,
         scoring=_scoring(config),
         group_score="top2" if config.get("topk_method") == "noaux_tc" or _is_v3(config) else "max",
     )
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    return next((int(config[key]) for key in keys if config.get(key) is not None), None)
+    key, value = next(
+        ((key, config[key]) for key in keys if config.get(key) is not None), ("", None)
+    )
+    if value is not None and type(value) is not int:
+        msg = f"{key} must be a whole number, got {value!r:.40}"
+        raise ConfigError(msg)
+    return value
 
 
 def _is_v3(config: Mapping[str, Any]) -> bool:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from placement.interop.arrays import load_npy
 from placement.interop.counts import trace_of_counts
 from placement.interop.errors import RecordError
-from placement.interop.request_files import load_npy
 from placement.interop.trace_parts import Request, TraceParts
 from placement.merging import merge_traces
 
@@ -56,8 +56,8 @@ def _read_one(path: Path, shape: ModelShape) -> RoutingTrace:
         return trace_of_counts(array.astype(np.float64), shape, source=path.name)
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim == 3 and shape.moe_layers is None:
-        shape = shape.override(moe_layers=tuple(range(array.shape[1])))
+    if array.ndim == 3 and array.size and shape.moe_layers is None:
+        shape = shape.filled(moe_layers=tuple(range(array.shape[1])))
     parts = TraceParts(shape=shape, source=path.name)
     parts.add(Request(name=str(path), expert_ids=array))
     trace = parts.build()

@@ -11,8 +11,7 @@ import base64
 import binascii
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from placement.interop.arrays import load_npy
 from placement.interop.errors import RecordError
 from placement.interop.trace_parts import Request, TraceParts
 from placement.json_text import JsonError, parse_json
@@ -56,23 +55,6 @@ def read_requests(
             for request in _requests(place, body, shape, decode):
                 parts.add(request)
     return parts.build()
-
-
-def load_npy(path: Path) -> NDArray[Any]:
-    """An array of a .npy file; nothing is unpickled.
-
-    Raises:
-        RecordError: if it is not one.
-    """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        msg = f"{path}: not a .npy array: {error}"
-        raise RecordError(msg) from error
-    if not isinstance(array, np.ndarray):
-        msg = f"{path}: an archive of arrays, expected a single .npy array"
-        raise RecordError(msg)
-    return array
 
 
 def _bodies(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -122,11 +104,12 @@ def _requests(
     place: str, body: dict[str, Any], shape: ModelShape, decode: Decode
 ) -> Iterator[Request]:
     """The requests of a response: one a choice."""
-    meta = body.get("meta_info") or {}
-    usage = body.get("usage") or {}
+    meta, usage = (
+        body[key] if isinstance(body.get(key), dict) else {} for key in ("meta_info", "usage")
+    )
     identity = body.get("id") or meta.get("id")
     name = f"request {identity} ({place})" if identity is not None else f"request at {place}"
-    encoded = list(_encoded(body))
+    encoded = list(find_routing(body))
     if not encoded:
         msg = f"{name} has no {FIELD}; start the server with --enable-return-routed-experts"
         raise RecordError(msg)
@@ -135,15 +118,15 @@ def _requests(
         yield Request(
             name=name,
             expert_ids=decode(_decode_base64(text, name), shape, name),
-            start=int(body.get("routed_experts_start") or 0),
+            start=body.get("routed_experts_start") or 0,
             prompt_tokens=prompt_tokens,
-            model=str(body.get("model") or ""),
-            domain=str(body.get("domain") or ""),
+            model=body.get("model") or "",
+            domain=body.get("domain") or "",
         )
 
 
-def _encoded(body: dict[str, Any]) -> Iterator[str]:
-    """The routing of the response as a whole, or else that of each choice."""
+def find_routing(body: dict[str, Any]) -> Iterator[object]:
+    """The routing of the response as a whole, or else that of each choice, as it was sent."""
     whole = [body, body.get("meta_info"), body.get("sglext"), body.get("sgl_ext")]
     for holder in whole:
         if isinstance(holder, dict) and holder.get(FIELD) is not None:
@@ -152,7 +135,7 @@ def _encoded(body: dict[str, Any]) -> Iterator[str]:
     choices = body.get("choices")
     for choice in choices if isinstance(choices, list) else []:
         if isinstance(choice, dict):
-            yield from _encoded({**choice, "choices": None})
+            yield from find_routing({**choice, "choices": None})
 
 
 def _decode_base64(text: object, name: str) -> bytes:

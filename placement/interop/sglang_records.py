@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from placement.interop.arrays import whole_numbers
 from placement.interop.counts import trace_of_counts
 from placement.interop.errors import RecordError
 from placement.interop.request_files import read_requests
 from placement.interop.torch_file import load_pt
-from placement.trace import RoutingTrace
+from placement.trace import MAX_EXPERTS, RoutingTrace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,8 +60,13 @@ def _decode(data: bytes, shape: ModelShape, name: str) -> NDArray[Any]:
 def _read_dumps(paths: Sequence[Path], shape: ModelShape, phase: Phase) -> RoutingTrace:
     dumps = [(path, load_pt(path)) for path in paths]
     if all("logical_count" in dump for _, dump in dumps):
-        counts = sum(_logical_count(path, dump) for path, dump in dumps)
-        return trace_of_counts(np.asarray(counts), shape, source="SGLang recorder, mode stat")
+        counts = [_logical_count(path, dump) for path, dump in dumps]
+        if len({count.shape for count in counts}) > 1:
+            msg = f"the dumps count {' and '.join(str(count.shape) for count in counts)} experts"
+            raise RecordError(msg)
+        return trace_of_counts(
+            sum(counts[1:], counts[0]), shape, source="SGLang recorder, mode stat"
+        )
     walk = _Passes(phase=phase)
     for path, dump in dumps:
         walk.add_dump(path, dump)
@@ -68,11 +74,23 @@ def _read_dumps(paths: Sequence[Path], shape: ModelShape, phase: Phase) -> Routi
 
 
 def _logical_count(path: Path, dump: dict[str, Any]) -> NDArray[np.float64]:
-    counts = np.asarray(dump["logical_count"], dtype=np.float64)
-    if counts.ndim not in {2, 3}:
-        msg = f"{path}: logical_count has shape {counts.shape}, expected (steps, layers, experts)"
+    counts = dump["logical_count"]
+    if (
+        not isinstance(counts, np.ndarray)
+        or counts.ndim not in {2, 3}
+        or counts.dtype.kind not in "iuf"
+    ):
+        msg = f"{path}: logical_count must be a tensor of loads, (steps, layers, experts)"
         raise RecordError(msg)
-    return counts.sum(axis=0) if counts.ndim == 3 else counts
+    loads = counts.astype(np.float64)
+    return loads.sum(axis=0) if counts.ndim == 3 else loads
+
+
+def _records(path: Path, records: Any) -> list[dict[str, Any]]:
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        msg = f"{path}: records must be a list of forward passes"
+        raise RecordError(msg)
+    return records
 
 
 @dataclass(kw_only=True)
@@ -91,18 +109,23 @@ class _Passes:
         if "records" not in dump or "last_physical_to_logical_map" not in dump:
             msg = f"{path}: neither a `stat` dump (logical_count) nor a `per_token` dump (records)"
             raise RecordError(msg)
+        what = f"{path}: last_physical_to_logical_map"
+        logical = whole_numbers(
+            dump["last_physical_to_logical_map"], what, ndim=2, stop=MAX_EXPERTS
+        )
         running: list[tuple[int, int]] = []
-        for number, record in enumerate(dump["records"]):
+        for number, record in enumerate(_records(path, dump["records"])):
             place = f"{path}, pass {number}"
             if "topk_ids_of_layer" not in record:
                 msg = f"{place}: no topk_ids_of_layer; record with mode per_token, not per_pass"
                 raise RecordError(msg)
-            key = (record.get("forward_pass_id"), tuple(record["input_ids"]))
-            if key in self.seen and len(record["input_ids"]) > 1:
+            tokens = whole_numbers(record.get("input_ids"), f"{place}: input_ids").tolist()
+            key = (str(record.get("forward_pass_id")), *tokens)
+            if key in self.seen and len(tokens) > 1:
                 logger.info("%s repeats a pass of another rank; skipped", place)
                 continue
             self.seen.add(key)
-            running = self._add_pass(place, record, dump["last_physical_to_logical_map"], running)
+            running = self._add_pass(place, record, logical, running)
 
     def _add_pass(
         self,
@@ -111,23 +134,31 @@ class _Passes:
         logical: NDArray[Any],
         running: list[tuple[int, int]],
     ) -> list[tuple[int, int]]:
-        positions = np.asarray(record["positions"], dtype=np.int32)
-        is_prefill = record.get("extend_seq_lens") is not None
-        lengths = (
-            [int(n) for n in record["extend_seq_lens"]] if is_prefill else [1] * len(positions)
-        )
-        experts = _to_logical(np.asarray(record["topk_ids_of_layer"]), logical, place)
-        if sum(lengths) != len(positions) or len(experts) != len(positions):
+        positions = whole_numbers(record.get("positions"), f"{place}: positions", stop=1 << 31)
+        given = record.get("extend_seq_lens")
+        is_prefill = given is not None
+        lengths = np.ones(len(positions), dtype=np.int64)
+        if is_prefill:
+            lengths = whole_numbers(given, f"{place}: extend_seq_lens", stop=1 << 31)
+            lengths = lengths[lengths > 0]  # an idle rank has pieces without tokens
+        chosen = whole_numbers(record["topk_ids_of_layer"], f"{place}: topk_ids_of_layer", ndim=3)
+        experts = _to_logical(chosen, logical, place)
+        if lengths.sum() != len(positions) or len(experts) != len(positions):
             msg = (
                 f"{place}: {len(positions)} positions, {len(experts)} tokens routed, lengths that "
-                f"sum to {sum(lengths)}"
+                f"sum to {lengths.sum()}"
             )
             raise RecordError(msg)
+        if self.ids and self.ids[0].shape[1:] != experts.shape[1:]:
+            msg = f"{place}: {experts.shape[1:]} layers and experts, before {self.ids[0].shape[1:]}"
+            raise RecordError(msg)
+        if not len(positions):
+            return running
         ends = np.cumsum(lengths)
         followed = self._follow(positions[ends - lengths].tolist(), running)
         if self.phase in {"all", "prefill" if is_prefill else "decode"}:
             self.ids.append(experts)
-            self.positions.append(positions)
+            self.positions.append(positions.astype(np.int32))
             self.sequences.append(np.repeat(np.array(followed, dtype=np.int32), lengths))
         now = list(zip(followed, positions[ends - 1].tolist(), strict=True))
         return [seq for seq in running if seq[0] not in followed] + now if is_prefill else now
@@ -155,6 +186,9 @@ class _Passes:
             msg = f"the dumps hold no forward pass of phase {self.phase}"
             raise RecordError(msg)
         ids = np.concatenate(self.ids)
+        if shape.num_layers not in {None, ids.shape[1]}:
+            msg = f"the dumps are of {ids.shape[1]} layers, the model has {shape.num_layers}"
+            raise RecordError(msg)
         layers = tuple(int(i) for i in np.flatnonzero((ids >= 0).any(axis=(0, 2))))
         if shape.moe_layers is not None and layers != shape.moe_layers:
             msg = f"experts were recorded at layers {layers}, the model has them at {shape.moe_layers}"
@@ -176,7 +210,7 @@ class _Passes:
 
 def _to_logical(physical: NDArray[Any], logical: NDArray[Any], place: str) -> NDArray[np.int16]:
     """(tokens, layers, 8) logical experts, -1 where there is none."""
-    if physical.ndim != 3 or len(physical) != len(logical):
+    if len(physical) != len(logical):
         msg = f"{place}: topk_ids_of_layer has shape {physical.shape} for {len(logical)} layers"
         raise RecordError(msg)
     if physical.max(initial=-1) >= logical.shape[1]:

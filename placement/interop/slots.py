@@ -36,13 +36,18 @@ class ReadPlan:
     slots: Slots
     model: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.slots or len(self.slots) != len(self.layer_ids):
+            msg = f"the file places {len(self.slots)} layers, expected {len(self.layer_ids)}"
+            raise ExportError(msg)
+
     def to_plan(self, topology: Topology, *, model: str, source: str) -> PlacementPlan:
         """A plan of these slots.
 
         Raises:
             ExportError: if the file is for another number of ranks or no valid plan.
         """
-        ranks = len(self.slots[0]) if self.slots else 0
+        ranks = len(self.slots[0])
         if ranks != topology.num_ranks:
             msg = f"the file places experts on {ranks} ranks, --nodes and --ranks-per-node say "
             raise ExportError(msg + str(topology.num_ranks))
@@ -128,13 +133,52 @@ def check_rows(rows: object) -> list[list[int]]:
         msg = "a list of rows, one a layer, was expected"
         raise ExportError(msg)
     for number, row in enumerate(rows):
-        if not row or not all(type(expert) is int and expert >= 0 for expert in row):
-            msg = f"row {number} must hold expert numbers, got {str(row)[:60]}"
-            raise ExportError(msg)
-        if len(row) != len(rows[0]):
+        _check_experts(row, f"row {number}")
+        if not row or len(row) != len(rows[0]):
             msg = f"row {number} has {len(row)} slots, row 0 has {len(rows[0])}"
             raise ExportError(msg)
     return rows
+
+
+def _check_experts(experts: object, where: str) -> None:
+    if not (isinstance(experts, list) and all(_is_number(e) for e in experts)):
+        msg = f"{where} must hold expert numbers, got {str(experts)[:60]}"
+        raise ExportError(msg)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def from_ranks(
+    entries: object, num_ranks: int, *, rank: str, experts: str, where: str
+) -> tuple[tuple[int, ...], ...]:
+    """The slots of a layer that is a list of `{rank: 0, experts: [4, 2]}`.
+
+    Args:
+        entries: as the file gives them.
+        num_ranks: ranks there must be, each once.
+        rank: key of the rank.
+        experts: key of its experts.
+        where: names the layer in an error.
+
+    Raises:
+        ExportError: for anything else.
+    """
+    found: dict[int, tuple[int, ...]] = {}
+    for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, dict) or not _is_number(entry.get(rank)):
+            msg = f"{where}: {rank!r} must number every entry, got {str(entry)[:60]}"
+            raise ExportError(msg)
+        _check_experts(entry.get(experts), f"{where}, {rank} {entry[rank]}: {experts!r}")
+        if entry[rank] in found:
+            msg = f"{where} lists {rank} {entry[rank]} twice"
+            raise ExportError(msg)
+        found[entry[rank]] = tuple(entry[experts])
+    if sorted(found) != list(range(num_ranks)):
+        msg = f"{where} must list {rank} 0 to {num_ranks - 1}, got {sorted(found)[:8]}"
+        raise ExportError(msg)
+    return tuple(found[number] for number in range(num_ranks))
 
 
 def from_rows(rows: Sequence[Sequence[int]], num_ranks: int) -> Slots:
@@ -149,6 +193,5 @@ def from_rows(rows: Sequence[Sequence[int]], num_ranks: int) -> Slots:
         if rest or not width:
             msg = f"{len(row)} slots cannot be shared equally by {num_ranks} ranks"
             raise ExportError(msg)
-        ids = [int(expert) for expert in row]
-        result.append(tuple(tuple(ids[r * width : (r + 1) * width]) for r in range(num_ranks)))
+        result.append(tuple(tuple(row[r * width : (r + 1) * width]) for r in range(num_ranks)))
     return tuple(result)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from placement.identity import span
 from placement.interop.errors import ExportError
 from placement.interop.slots import describe_unequal, slots_per_rank
@@ -83,17 +85,17 @@ def read_export(name: str, path: Path, shape: ModelShape, num_ranks: int) -> Rea
     A `.pt` dump of SGLang gives the placement it ran with.
 
     Raises:
-        ExportError: if the engine would refuse the file.
+        ExportError: if the engine would refuse the file, or it is of another model than `shape`.
     """
     if name == "checkpoint":
         from placement.interop import checkpoint
 
-        return checkpoint.read_plan(path, num_ranks)
+        return _of_model(checkpoint.read_plan(path, num_ranks), shape)
     target = find_target(name)
     try:
-        if path.suffix == ".pt":
-            return target.parse(_map_of_dump(path), shape, num_ranks)
-        return target.parse(path.read_text(encoding="utf-8"), shape, num_ranks)
+        is_dump = path.suffix == ".pt"
+        text = _map_of_dump(path) if is_dump else path.read_text(encoding="utf-8")
+        return _of_model(target.parse(text, shape, num_ranks), shape)
     except (OSError, UnicodeDecodeError) as failure:
         msg = f"{path}: cannot be read: {failure}"
         raise ExportError(msg) from failure
@@ -102,12 +104,25 @@ def read_export(name: str, path: Path, shape: ModelShape, num_ranks: int) -> Rea
         raise ExportError(msg) from failure
 
 
+def _of_model(read: ReadPlan, shape: ModelShape) -> ReadPlan:
+    if shape.num_experts not in {None, read.num_experts}:
+        msg = f"the file places {read.num_experts} experts a layer, the model has "
+        raise ExportError(msg + str(shape.num_experts))
+    if shape.moe_layers not in {None, read.layer_ids}:
+        msg = (
+            f"the file places layers {span(read.layer_ids)}, the model's MoE layers are "
+            f"{span(shape.moe_layers or ())}"
+        )
+        raise ExportError(msg)
+    return read
+
+
 def _map_of_dump(path: Path) -> str:
     from placement.interop.torch_file import load_pt
 
     dump = load_pt(path)
     rows = dump.get("last_physical_to_logical_map", dump.get("physical_to_logical_map"))
-    if rows is None:
+    if not isinstance(rows, np.ndarray):
         msg = "the dump holds no physical_to_logical_map"
         raise ExportError(msg)
     return json.dumps({"physical_to_logical_map": rows.tolist()})
@@ -187,6 +202,8 @@ def check_no_replicas(plan: PlacementPlan, why: str) -> list[Finding]:
 def check_groups(plan: PlacementPlan, shape: ModelShape) -> list[Finding]:
     """Whether a group-limited router's groups are torn apart over nodes."""
     if shape.num_groups == 1 or plan.topology.num_nodes == 1:
+        return []
+    if plan.num_experts % shape.num_groups:  # of another model, as check_shape says
         return []
     size = plan.num_experts // shape.num_groups
     torn = 0

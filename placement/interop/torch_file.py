@@ -30,19 +30,21 @@ def load_pt(path: Path) -> dict[str, Any]:
         raise RecordError(msg) from error
     try:
         data = torch.load(path, weights_only=True, map_location="cpu")
+        data = _to_numpy(data, torch.Tensor)
     except Exception as error:  # torch raises many kinds; all mean that the file cannot be used
-        msg = f"{path}: torch's weights-only loader refuses it: {str(error).splitlines()[0]}"
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        msg = f"{path}: torch's weights-only loader refuses it: {reason}"
         raise RecordError(msg) from error
     if not isinstance(data, dict):
         msg = f"{path}: holds a {type(data).__name__}, expected a dictionary"
         raise RecordError(msg)
-    converted: dict[str, Any] = _to_numpy(data, torch.Tensor)
-    return converted
+    return data
 
 
-def _to_numpy(value: Any, tensor: type) -> Any:
+def _to_numpy(value: Any, tensor: Any) -> Any:
     if isinstance(value, tensor):
-        return np.asarray(value)
+        value = value.detach()
+        return np.asarray(value.double() if value.is_floating_point() else value)
     if isinstance(value, dict):
         return {key: _to_numpy(item, tensor) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from placement.interop.errors import RecordError
+from placement.json_text import can_encode
 from placement.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Phase = Literal["all", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
 CHECK_CELLS = 1 << 22
+MAX_POSITION = 1 << 30
+MAX_DOMAINS = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +46,19 @@ class Request:
     prompt_tokens: int | None = None
     model: str = ""
     domain: str = ""
+
+    def __post_init__(self) -> None:
+        for what, number in (
+            ("routed_experts_start", self.start),
+            ("prompt_tokens", self.prompt_tokens),
+        ):
+            if number is not None and not (type(number) is int and 0 <= number < MAX_POSITION):
+                msg = f"{self.name}: {what} must be a whole number of tokens, got {number!r:.40}"
+                raise RecordError(msg)
+        for what, text in (("model", self.model), ("domain", self.domain)):
+            if not isinstance(text, str) or not can_encode(text):
+                msg = f"{self.name}: {what} must be text, got {text!r:.40}"
+                raise RecordError(msg)
 
 
 @dataclass(kw_only=True)
@@ -73,7 +89,7 @@ class TraceParts:
             RecordError: naming the request.
         """
         self._check_model(request)
-        if request.expert_ids.ndim != 3:
+        if request.expert_ids.ndim != 3 or 0 in request.expert_ids.shape[1:]:
             msg = f"{request.name}: routed experts have shape {request.expert_ids.shape}, expected "
             raise RecordError(msg + "(tokens, layers, top_k)")
         if not np.issubdtype(request.expert_ids.dtype, np.integer):
@@ -105,7 +121,10 @@ class TraceParts:
         sequences = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         names = tuple(dict.fromkeys(self.domains))
         domain_ids = None
-        if any(names) and len(names) <= 256:
+        if len(names) > MAX_DOMAINS:
+            msg = f"{len(names)} domains, a trace tells at most {MAX_DOMAINS} apart; record fewer"
+            raise RecordError(msg)
+        if any(names):
             of_request = np.array([names.index(name) for name in self.domains], dtype=np.uint8)
             domain_ids = np.repeat(of_request, lengths)
         return RoutingTrace(
@@ -159,13 +178,13 @@ class TraceParts:
         if self.shape.top_k is not None and self.top_k != self.shape.top_k:
             msg = f"{request.name}: {self.top_k} experts a token, the model uses {self.shape.top_k}"
             raise RecordError(msg)
-        known = self.shape.moe_layers
-        if known is not None and rows not in {len(known), self.shape.num_layers}:
-            msg = (
-                f"{request.name}: {rows} layers, the model has {self.shape.num_layers} "
-                f"({len(known)} with experts)"
-            )
-            raise RecordError(msg)
+        known, in_all = self.shape.moe_layers, self.shape.num_layers
+        if rows not in {len(known or ()), in_all} and (known or in_all):
+            said = f"{request.name}: {rows} layers, expected "
+            expected = [f"all {in_all}"] if in_all else []
+            expected += [f"the {len(known)} with experts"] if known else []
+            hint = "" if in_all else "; give --num-layers if there are dense layers too"
+            raise RecordError(said + " or ".join(expected) + hint)
         self.layer_ids = known if known is not None else _used_layers(request)
 
     def _moe_layers(self, request: Request, experts: NDArray[Any]) -> NDArray[Any]:
@@ -191,6 +210,9 @@ def _used_layers(request: Request) -> tuple[int, ...]:
         )
         raise RecordError(msg)
     is_dense = (experts == experts[:, :, :1]).all(axis=(0, 2))
+    if is_dense.all():
+        msg = f"{request.name}: every layer names one expert {experts.shape[2]} times; none is MoE"
+        raise RecordError(msg)
     return tuple(int(layer) for layer in np.flatnonzero(~is_dense))
 
 

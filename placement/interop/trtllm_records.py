@@ -14,12 +14,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from placement.interop.arrays import load_npy, load_tensors
 from placement.interop.counts import trace_of_counts
-from placement.interop.errors import RecordError
-from placement.interop.request_files import load_npy
+from placement.interop.errors import ConfigError, RecordError
 from placement.interop.trace_parts import Request, TraceParts
 from placement.json_text import parse_json
 
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
 
     Statistic = dict[tuple[int, int], NDArray[Any]]
 
-KEY = re.compile(r"(\d+)_(\d+)$")
+KEY = re.compile(r"([0-9]{1,18})_([0-9]{1,9})$")
 RANK = re.compile(r"rank(\d+)(_raw)?\.safetensors$")
 
 
@@ -67,13 +65,17 @@ def _read_folder(folder: Path, shape: ModelShape) -> RoutingTrace:
     if not counts:
         msg = f"{folder}: no rank*.safetensors; was EXPERT_STATISTIC_ITER_RANGE reached?"
         raise RecordError(msg)
-    layers = sorted({layer for file in counts.values() for _, layer in _load(file)})
-    load = np.zeros((len(layers), shape.need_experts()))
-    for file in counts.values():
-        for (_, layer), count in _load(file).items():
-            load[layers.index(layer)] += count
-    shape = shape.override(moe_layers=shape.moe_layers or tuple(layers))
-    return trace_of_counts(load, shape, source="TensorRT-LLM expert statistic")
+    loads = [_load_counts(file, shape.need_experts()) for file in counts.values()]
+    layers = sorted({layer for load in loads for _, layer in load})
+    if not layers:
+        msg = f"{folder}: its statistics files are empty"
+        raise RecordError(msg)
+    total = np.zeros((len(layers), shape.need_experts()))
+    for load in loads:
+        for (_, layer), count in load.items():
+            total[layers.index(layer)] += count
+    shape = shape.filled(moe_layers=tuple(layers))
+    return trace_of_counts(total, shape, source="TensorRT-LLM expert statistic")
 
 
 def _with_meta(folder: Path, shape: ModelShape) -> ModelShape:
@@ -81,13 +83,13 @@ def _with_meta(folder: Path, shape: ModelShape) -> ModelShape:
     try:
         meta = parse_json(file.read_text(encoding="utf-8"))
         experts, top_k = int(meta["num_experts"]), int(meta["num_experts_per_token"])
+        return shape.filled(num_experts=experts, top_k=top_k)
+    except ConfigError as error:
+        msg = f"{file}: {error}"
+        raise RecordError(msg) from error
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         msg = f"{file}: not a TensorRT-LLM meta_info.json: {error!r}"
         raise RecordError(msg) from error
-    if shape.num_experts not in {None, experts}:
-        msg = f"{file}: {experts} experts, the model has {shape.num_experts}"
-        raise RecordError(msg)
-    return shape.override(num_experts=experts, top_k=top_k)
 
 
 def _files(folder: Path, *, raw: bool) -> dict[int, Path]:
@@ -98,11 +100,7 @@ def _files(folder: Path, *, raw: bool) -> dict[int, Path]:
 
 
 def _load(path: Path) -> Statistic:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        msg = f"{path}: not a statistics file: {error}"
-        raise RecordError(msg) from error
+    tensors = load_tensors(path)
     keys = {name: KEY.match(name) for name in tensors}
     unknown = [name for name, match in keys.items() if match is None]
     if unknown:
@@ -111,14 +109,26 @@ def _load(path: Path) -> Statistic:
     return {(int(m[1]), int(m[2])): tensors[name] for name, m in keys.items() if m}
 
 
+def _load_counts(path: Path, num_experts: int) -> Statistic:
+    counts = _load(path)
+    for (iteration, layer), count in counts.items():
+        if count.shape != (num_experts,) or not np.isfinite(count).all():
+            msg = f"{path}: tensor {iteration}_{layer} must count each of {num_experts} experts"
+            raise RecordError(msg)
+    return counts
+
+
 def _read_raw(raw: dict[int, Path], counts: dict[int, Path], shape: ModelShape) -> RoutingTrace:
     parts: TraceParts | None = None
     for rank, file in raw.items():
         chosen = _load(file)
-        counted = _load(counts[rank]) if rank in counts else {}
+        counted = _load_counts(counts[rank], shape.need_experts()) if rank in counts else {}
         layers = tuple(sorted({layer for _, layer in chosen}))
+        if not layers:
+            msg = f"{file}: holds no routed experts"
+            raise RecordError(msg)
+        shape = shape.filled(moe_layers=layers)
         if parts is None:
-            shape = shape.override(moe_layers=shape.moe_layers or layers)
             parts = TraceParts(shape=shape, source="TensorRT-LLM expert statistic")
         for iteration in sorted({iteration for iteration, _ in chosen}):
             name = f"{file}, iteration {iteration}"
@@ -141,10 +151,11 @@ def _request(name: str, layers: list[NDArray[Any] | None]) -> Request:
 def _check_complete(name: str, iteration: int, chosen: Statistic, counted: Statistic) -> None:
     """A later piece of a pass replaces the raw record of an earlier one, but adds to the counts."""
     for (at, layer), count in counted.items():
-        if at == iteration and int(count.sum()) != chosen[at, layer].size:
+        recorded = chosen[at, layer].size if (at, layer) in chosen else 0
+        if at == iteration and int(count.sum()) != recorded:
             msg = (
                 f"{name}, layer {layer}: {int(count.sum())} expert choices were counted, "
-                f"{chosen[at, layer].size} recorded; record with a larger moe max_num_tokens, so "
+                f"{recorded} recorded; record with a larger moe max_num_tokens, so "
                 f"that a pass is not cut in pieces"
             )
             raise RecordError(msg)

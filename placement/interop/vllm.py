@@ -117,10 +117,10 @@ def parse_41141(text: str, shape: ModelShape, num_ranks: int) -> ReadPlan:
     if record is None or record.get("version") != 1:
         msg = f"no record of type {RECORD_TYPE!r} and version 1"
         raise ExportError(msg)
-    layers = record.get("initial_global_assignments") or {}
-    if sorted(layers) != sorted(str(i) for i in range(len(layers))):
-        msg = f'layers must be numbered from "0" among the MoE layers, got {sorted(layers)[:4]}'
-        raise ExportError(msg)
+    layers = record.get("initial_global_assignments")
+    if not isinstance(layers, dict) or layers.keys() != {str(i) for i in range(len(layers))}:
+        msg = 'initial_global_assignments must name the MoE layers "0", "1", ..., got '
+        raise ExportError(msg + str(layers)[:60])
     rows = check_rows([layers[str(i)] for i in range(len(layers))])
     plan = _read_rows(rows, shape, num_ranks)
     expected = (len(rows[0]), len(rows[0]) - plan.num_experts)
@@ -159,8 +159,10 @@ def parse_34811(text: str, shape: ModelShape, num_ranks: int) -> ReadPlan:
         ExportError: if ranks are out of range.
     """
     ranks = load_object(text, "vLLM expert placement file").get("expert_to_ep_rank")
-    if not isinstance(ranks, list) or not all(
-        type(rank) is int and 0 <= rank < num_ranks for rank in ranks
+    if (
+        not isinstance(ranks, list)
+        or not ranks
+        or not all(type(rank) is int and 0 <= rank < num_ranks for rank in ranks)
     ):
         msg = f"expert_to_ep_rank must list ranks from 0 to {num_ranks - 1}"
         raise ExportError(msg)

@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from placement.interop.errors import ExportError
-from placement.interop.slots import ReadPlan
+from placement.interop.slots import ReadPlan, from_ranks
 from placement.interop.targets import (
     Finding,
     Target,
@@ -66,29 +66,30 @@ def parse(text: str, shape: ModelShape, num_ranks: int) -> ReadPlan:
         ExportError: if counts and lists disagree or a key is missing.
     """
     data = load_object(text, "vLLM-Ascend expert map")
-    try:
-        layers = data["layer_list"]
-        slots = tuple(_devices(layer, num_ranks) for layer in layers)
-        if data["moe_layer_count"] != len(layers):
-            msg = f"moe_layer_count is {data['moe_layer_count']}, {len(layers)} layers are listed"
-            raise ExportError(msg)
-    except (KeyError, TypeError) as failure:
-        msg = f"not a vLLM-Ascend expert map: {failure!r}"
-        raise ExportError(msg) from failure
-    layer_ids = shape.moe_layers or tuple(range(len(slots)))
-    if len(layer_ids) != len(slots):
-        msg = f"{len(slots)} layers, the model has {len(layer_ids)} MoE layers"
+    layers = data.get("layer_list")
+    if not isinstance(layers, list) or not layers or data.get("moe_layer_count") != len(layers):
+        msg = "not a vLLM-Ascend expert map: layer_list must hold moe_layer_count layers"
         raise ExportError(msg)
-    experts = shape.num_experts or 1 + max(e for ranks in slots for on in ranks for e in on)
+    slots = tuple(_devices(layer, number, num_ranks) for number, layer in enumerate(layers))
+    layer_ids = shape.moe_layers or tuple(range(len(slots)))
+    experts = shape.num_experts or 1 + max(
+        (e for ranks in slots for on in ranks for e in on), default=0
+    )
     return ReadPlan(layer_ids=layer_ids, num_experts=experts, slots=slots)
 
 
-def _devices(layer: dict[str, Any], num_ranks: int) -> tuple[tuple[int, ...], ...]:
-    devices = {int(device["device_id"]): device for device in layer["device_list"]}
-    if layer["device_count"] != len(devices) or sorted(devices) != list(range(num_ranks)):
-        msg = f"layer {layer['layer_id']} lists devices {sorted(devices)}, expected {num_ranks}"
+def _devices(layer: Any, number: int, num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    where = f"layer {number}"
+    if not isinstance(layer, dict) or layer.get("device_count") != num_ranks:
+        msg = f"{where} must have device_count {num_ranks}, got {str(layer)[:60]}"
         raise ExportError(msg)
-    return tuple(tuple(int(e) for e in devices[r]["device_expert"]) for r in range(num_ranks))
+    devices = from_ranks(
+        layer.get("device_list"), num_ranks, rank="device_id", experts="device_expert", where=where
+    )
+    if len({len(experts) for experts in devices}) > 1:
+        msg = f"{where} has {[len(experts) for experts in devices][:8]} experts on its devices; "
+        raise ExportError(msg + "the reader needs as many on each")
+    return devices
 
 
 def usage(plan: PlacementPlan, shape: ModelShape, path: Path) -> list[str]:

@@ -46,7 +46,7 @@ def _decode(data: bytes, shape: ModelShape, name: str) -> NDArray[Any]:
     try:
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
     except (ValueError, EOFError, OSError) as error:
-        msg = f"{name}: routed_experts is not a .npy array: {error}"
+        msg = f"{name}: routed_experts is not a .npy array: {str(error).partition('. ')[0]}"
         raise RecordError(msg) from error
 
 
@@ -63,7 +63,7 @@ def _read_loads(paths: Sequence[Path]) -> NDArray[np.float64]:
     """(MoE layers, experts) the sum over steps."""
     total: NDArray[np.float64] | None = None
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             load = _load_of(line, f"{path}, line {number}")
             if load is None:
                 continue
@@ -77,7 +77,7 @@ def _read_loads(paths: Sequence[Path]) -> NDArray[np.float64]:
     return total
 
 
-def _load_of(line: str, place: str) -> NDArray[np.float64] | None:
+def _load_of(line: bytes, place: str) -> NDArray[np.float64] | None:
     try:
         record = parse_json(line) if line.strip() else {}
         if record.get("record_type") != LOAD_RECORD:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_save_file
 
 from placement.interop.errors import ConfigError, RecordError
 from placement.interop.importers import read_trace
@@ -302,6 +303,13 @@ def test_vllms_load_records_are_summed_and_other_records_passed_over(tmp_path):
     assert np.bincount(trace.expert_ids[:, 0, 0]).tolist() == [2, 6]
 
 
+def test_a_load_record_that_is_not_utf_8_is_named_by_its_line(tmp_path):
+    file = tmp_path / "l.jsonl"
+    file.write_bytes('\n{"record_type": "eplb_load_stats", "x": "\u00e9"}'.encode("latin-1"))
+    with pytest.raises(RecordError, match="line 2: not a usable"):
+        read_trace("vllm", [file], ModelShape())
+
+
 def test_the_papers_array_is_a_top_1_trace(tmp_path):
     paths = np.random.default_rng(0).integers(0, 8, (600, 4))
     np.save(tmp_path / "p.npy", paths)
@@ -329,6 +337,174 @@ def test_deepseek_v3_logits_without_the_selection_bias_are_refused(tmp_path):
     save_file({"0": np.zeros((2, 4), dtype=np.float32)}, tmp_path / "l.safetensors")
     with pytest.raises(RecordError, match="e_score_correction_bias"):
         read_trace("hf", [tmp_path / "l.safetensors"], ModelShape(top_k=2, scoring="sigmoid"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("routed_experts_start", "x"),
+        ("routed_experts_start", 2**31),
+        ("routed_experts_start", float("inf")),
+        ("prompt_tokens", 1.5),
+        ("prompt_tokens", [1]),
+        ("model", [1]),
+        ("domain", "\ud800"),
+    ],
+)
+def test_an_odd_field_is_named_with_its_request(tmp_path, field, value):
+    body = vllm_answer("a", routing(3)) | {field: value}
+    with pytest.raises(RecordError, match=rf"request a .*{field} must be"):
+        read_trace("vllm", [write_lines(tmp_path / "r.jsonl", [body])], SHAPE)
+
+
+def test_odd_parts_of_an_answer_that_are_not_needed_are_passed_over(tmp_path):
+    body = vllm_answer("a", routing(3)) | {"meta_info": "x", "usage": [1]}
+    assert read_trace("vllm", [write_lines(tmp_path / "r.jsonl", [body])], SHAPE).num_tokens == 3
+
+
+def test_more_domains_than_a_trace_can_tell_apart_are_refused(tmp_path):
+    bodies = [vllm_answer(i, routing(1)) | {"domain": f"d{i}"} for i in range(257)]
+    with pytest.raises(RecordError, match="257 domains"):
+        read_trace("vllm", [write_lines(tmp_path / "r.jsonl", bodies)], SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"num_layers": 9}, "4 layers, expected all 9"),
+        ({"moe_layers": (1, 3)}, "4 layers, expected the 2 with experts; give --num-layers"),
+        ({"num_layers": 9, "moe_layers": (1, 3)}, "4 layers, expected all 9 or the 2"),
+        ({"top_k": 3}, "2 experts a token, the model uses 3"),
+    ],
+)
+def test_a_recording_of_another_model_than_was_said_is_refused(tmp_path, said, message):
+    file = write_lines(tmp_path / "r.jsonl", [vllm_answer("a", routing(9))])
+    with pytest.raises(RecordError, match=message):
+        read_trace("vllm", [file], ModelShape(num_experts=8, **said))
+
+
+def test_what_the_config_the_options_and_the_files_say_must_agree(tmp_path):
+    with pytest.raises(ConfigError, match="8 and 16 experts: the config, the options and"):
+        SHAPE.filled(num_experts=16)
+    with pytest.raises(ConfigError, match="MoE layers 1 to 3 and 0 to 2"):
+        SHAPE.filled(moe_layers=(0, 1, 2))
+    save_file({"0": np.zeros((3, 8), dtype=np.float32)}, tmp_path / "l.safetensors")
+    for shape in (ModelShape(top_k=2, num_experts=16), ModelShape(top_k=9)):
+        with pytest.raises(ConfigError):
+            read_trace("hf", [tmp_path / "l.safetensors"], shape)
+    folder = write_trtllm(tmp_path / "s", {50: routing(3)})
+    for shape in (ModelShape(top_k=3), ModelShape(moe_layers=(1, 2, 5))):
+        with pytest.raises((ConfigError, RecordError), match="must agree"):
+            read_trace("trtllm", [folder], shape)
+    np.save(tmp_path / "loads.npy", np.ones((4, 8)))
+    with pytest.raises(RecordError, match="loads are of 4 layers, the model has 6"):
+        read_trace("npy", [tmp_path / "loads.npy"], ModelShape(num_layers=6))
+
+
+def test_an_idle_pass_of_sglang_has_no_tokens_and_ends_no_sequence(tmp_path):
+    ids = routing(4)
+    passes = [
+        sglang_pass(0, ids[:3], [0, 1, 2], [3, 0]),
+        sglang_pass(1, ids[:0], [], []),
+        sglang_pass(2, ids[3:], [3]),
+    ]
+    dump = save_dump(tmp_path / "d.pt", passes, [list(range(8))] * 4)
+    trace = read_trace("sglang", [dump], SHAPE)
+    assert np.array_equal(trace.expert_ids, ids[:, 1:])
+    assert trace.sequence_ids.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("positions", None),
+        ("positions", "abcd"),
+        ("positions", [2**40] * 4),
+        ("input_ids", None),
+        ("extend_seq_lens", "ab"),
+        ("extend_seq_lens", [6, -2]),
+        ("topk_ids_of_layer", None),
+        ("topk_ids_of_layer", torch.zeros(4, 4, 2)),
+    ],
+)
+def test_a_malformed_pass_of_sglang_is_named(tmp_path, field, value):
+    record = sglang_pass(0, routing(4), [0, 1, 2, 3], [4]) | {field: value}
+    dump = save_dump(tmp_path / "d.pt", [record], [list(range(8))] * 4)
+    with pytest.raises(RecordError, match=rf"d\.pt, pass 0: {field}"):
+        read_trace("sglang", [dump], SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("dump", "message"),
+    [
+        ({"records": None, "last_physical_to_logical_map": torch.zeros(4, 8).long()}, "records"),
+        ({"records": [1], "last_physical_to_logical_map": torch.zeros(4, 8).long()}, "records"),
+        ({"records": [], "last_physical_to_logical_map": None}, "last_physical_to_logical_map"),
+        ({"logical_count": "x"}, "logical_count"),
+        ({"logical_count": [[1], [1, 2]]}, "logical_count"),
+        ({"logical_count": torch.zeros(0, 4, 8)}, "loads must be"),
+    ],
+)
+def test_a_malformed_dump_of_sglang_says_what_is_wrong(tmp_path, dump, message):
+    torch.save(dump, tmp_path / "d.pt")
+    with pytest.raises(RecordError, match=message):
+        read_trace("sglang", [tmp_path / "d.pt"], SHAPE)
+
+
+def test_bfloat16_counts_are_read_and_an_empty_pt_file_is_refused(tmp_path):
+    file = tmp_path / "d.pt"
+    torch.save({"logical_count": torch.ones(2, 4, 8, dtype=torch.bfloat16)}, file)
+    assert read_trace("sglang", [file], SHAPE).phase == "counts"
+    file.write_bytes(b"")
+    with pytest.raises(RecordError, match="loader refuses"):
+        read_trace("sglang", [file], SHAPE)
+
+
+def test_statistics_of_tensorrt_that_numpy_cannot_read_or_that_do_not_fit_are_refused(tmp_path):
+    folder = write_trtllm(tmp_path / "s", {50: routing(3)})
+    raw, counts = folder / "rank0_raw.safetensors", folder / "rank0.safetensors"
+    for count in (np.ones(7), np.ones((2, 8)), np.full(8, np.nan)):
+        save_file({"50_1": count}, counts)
+        with pytest.raises(RecordError, match="50_1 must count each of 8"):
+            read_trace("trtllm", [folder], ModelShape())
+    raw.unlink()
+    torch_save_file({"50_1": torch.ones(8, dtype=torch.bfloat16)}, counts)
+    with pytest.raises(RecordError, match="no bfloat16"):
+        read_trace("trtllm", [folder], ModelShape())
+    save_file({}, counts)
+    with pytest.raises(RecordError, match="are empty"):
+        read_trace("trtllm", [folder], ModelShape())
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((4, 8)), "loads must be"),
+        (np.ones((0, 8)), "loads must be"),
+        (np.zeros((4, 3, 0), dtype=int), "shape"),
+        (np.zeros((4, 0), dtype=int), "shape"),
+    ],
+)
+def test_arrays_with_nothing_in_them_are_refused(tmp_path, array, said):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(RecordError, match=said):
+        read_trace("npy", [tmp_path / "a.npy"], ModelShape(num_experts=8))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"0": np.zeros(8)},
+        {"0": np.zeros((4, 0))},
+        {"0": np.zeros((4, 8)), "1": np.zeros((4, 6))},
+        {"0": np.zeros((4, 8)), "e_score_correction_bias.0": np.zeros(3)},
+        {"0": np.zeros((4, 8)), "sequence_ids": np.zeros(4)},
+    ],
+)
+def test_logits_that_do_not_fit_together_are_refused(tmp_path, tensors):
+    save_file({name: x.astype(np.float32) for name, x in tensors.items()}, tmp_path / "l.st")
+    with pytest.raises(RecordError, match=r"l\.st: "):
+        read_trace("hf", [tmp_path / "l.st"], ModelShape(top_k=2))
 
 
 def test_an_unknown_engine_and_a_missing_file_are_named(tmp_path):

@@ -1,19 +1,30 @@
 """`exflow record` against servers faked here, which answer as vLLM and SGLang do."""
 
 import base64
+import gzip
 import io
 import json
+import os
+import signal
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from exflow import record as recording
+from exflow import server as serving
+from exflow.commands.record import record as record_command
+from exflow.corpus import CorpusError
 from exflow.prompts import read_prompts
-from exflow.record import Prompt, ServerError, find_server, read_done, record
+from exflow.record import read_done, record
+from exflow.server import Prompt, RefusalError, ServerError, find_server
 from placement.interop.importers import read_trace
 from placement.interop.model_shape import ModelShape
+from placement.output import OutputError
 
 SHAPE = ModelShape(num_layers=2, moe_layers=(0, 1), num_experts=8, top_k=2)
 PROMPTS = [Prompt(name=f"p{i}", text=f"text {i}", domain="Github") for i in range(6)]
@@ -41,26 +52,29 @@ def sglang_body(text):
 
 
 @contextmanager
-def serve(engine, *, answer=None, fail_after=None):
+def serve(engine, *, answer=None, models=None, status=lambda text: 200):
     """A server on a free port; gives its address and the prompts it was sent."""
     sent = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.reply(200, {"data": [{"id": "toy", "owned_by": engine}]})
+            self.reply(200, models or {"data": [{"id": "toy", "owned_by": engine}]})
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             sent.append(request)
-            if fail_after is not None and len(sent) > fail_after:
-                self.reply(400, {"error": "context length exceeded"})
+            if (code := status(request["prompt"])) != 200:
+                self.reply(code, {"error": "context length exceeded"})
                 return
             body = {"vllm": vllm_body, "sglang": sglang_body}[engine]
             self.reply(200, (answer or body)(request["prompt"]))
 
-        def reply(self, status, body):
+        def reply(self, code, body):
+            if isinstance(body, bytes):  # not even HTTP
+                self.wfile.write(body)
+                return
             data = json.dumps(body).encode()
-            self.send_response(status)
+            self.send_response(code)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -105,14 +119,114 @@ def test_a_record_is_gone_on_with_and_a_torn_line_is_asked_again(tmp_path):
     assert read_trace("vllm", [output], SHAPE).num_sequences == 6
 
 
-def test_a_refused_prompt_is_named_and_what_was_answered_is_kept(tmp_path):
+def names_in(output):
+    return {json.loads(line)["id"] for line in output.read_text().splitlines()}
+
+
+def test_a_refused_prompt_is_named_the_others_go_on_and_the_next_run_tries_it_again(tmp_path):
     output = tmp_path / "r.jsonl"
-    with (
-        serve("vllm", fail_after=2) as (url, _),
-        pytest.raises(ServerError, match=r"prompt p2: .*400.*context length"),
+    with serve("vllm", status=lambda text: 400 if text in {"text 0", "text 3"} else 200) as (
+        url,
+        sent,
     ):
-        record(find_server(url), PROMPTS, output, concurrency=1)
-    assert len(output.read_text().splitlines()) == 2
+        for times in (6, 8):
+            with pytest.raises(RefusalError, match=r"2 of \d prompts.* p0: .*400.*length.* p3: "):
+                record(find_server(url), PROMPTS, output, concurrency=1)
+            assert len(sent) == times
+    assert names_in(output) == {"p1", "p2", "p4", "p5"}
+
+
+def test_answers_on_their_way_are_kept_when_another_prompt_fails(tmp_path):
+    output, failed = tmp_path / "r.jsonl", threading.Event()
+
+    def status(text):
+        if text == "text 0":
+            failed.wait(5)
+            time.sleep(0.3)  # until the failure has arrived
+            return 200
+        failed.set()
+        return 403
+
+    with serve("vllm", status=status) as (url, sent):
+        with pytest.raises(ServerError, match=r"prompt p1: .*403"):
+            record(find_server(url), PROMPTS, output, concurrency=2)
+        assert len(sent) == 2
+    assert names_in(output) == {"p0"}
+
+
+def test_ctrl_c_keeps_the_answers_on_their_way_and_ends_though_the_server_hangs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recording, "PATIENCE", 0.5)
+    output, over = tmp_path / "r.jsonl", threading.Event()
+
+    def status(text):
+        if text == "text 0":
+            over.wait(20)
+            return 200
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        return 200
+
+    with serve("vllm", status=status) as (url, _):
+        with pytest.raises(KeyboardInterrupt):
+            record(find_server(url), PROMPTS, output, concurrency=2)
+        assert names_in(output) == {"p1"}
+        over.set()
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "read_done", lambda _: {})  # it would read /dev/full for ever
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    with serve("vllm") as (url, _), pytest.raises(OutputError, match=r"full\.jsonl: cannot be wri"):
+        record(find_server(url), PROMPTS, tmp_path / "full.jsonl")
+
+
+def test_the_command_writes_over_no_prompts_and_no_device(tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"id": 1, "prompt": "a"}\n')
+    for output in (prompts, Path("/dev/null")):
+        with pytest.raises(OutputError):
+            record_command("http://localhost:1", [prompts], output)
+
+
+def test_a_name_that_answers_another_prompt_is_refused(tmp_path):
+    output = tmp_path / "r.jsonl"
+    with serve("vllm") as (url, sent):
+        record(find_server(url), PROMPTS[:2], output)
+        other = [PROMPTS[1], Prompt(name="p0", text="another")]
+        with pytest.raises(ServerError, match=r"another prompt with the id 'p0'; name another out"):
+            record(find_server(url), other, output)
+        assert len(sent) == 2
+
+
+@pytest.mark.parametrize(
+    "models", [{"data": ["x"]}, {"data": 5}, {"data": [{"name": "m"}]}, {"no": 1}, b"hello\r\n\r\n"]
+)
+def test_a_list_of_models_that_is_none_is_a_clear_error(models, monkeypatch):
+    monkeypatch.setattr(serving, "RETRIES", 1)
+    with serve("vllm", models=models) as (url, _), pytest.raises(ServerError, match="/v1/models"):
+        find_server(url)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"choices": ["a"]}, "without routed experts"),
+        ({"choices": {"a": 1}, "usage": "u"}, "without routed experts"),
+        ({"choices": [{"routed_experts": 5}]}, "without routed experts"),
+        (b"hello\r\n\r\n", "BadStatusLine"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{", "not answer with JSON"),
+    ],
+)
+def test_odd_answers_name_the_prompt(tmp_path, monkeypatch, answer, said):
+    monkeypatch.setattr(serving, "RETRIES", 1)
+    with (
+        serve("vllm", answer=lambda _: answer) as (url, _),
+        pytest.raises(ServerError, match=f"prompt p0: .*{said}"),
+    ):
+        record(find_server(url), PROMPTS[:1], tmp_path / "r.jsonl")
 
 
 def test_a_server_without_routed_experts_is_told_the_flag(tmp_path):
@@ -123,29 +237,70 @@ def test_a_server_without_routed_experts_is_told_the_flag(tmp_path):
         record(find_server(url), PROMPTS, tmp_path / "r.jsonl")
 
 
-def test_other_engines_other_models_and_bad_addresses_are_refused():
+def test_other_engines_other_models_and_bad_addresses_are_refused(monkeypatch):
+    monkeypatch.setattr(serving, "RETRIES", 1)
     with serve("llamacpp") as (url, _), pytest.raises(ServerError, match="only vLLM and SGLang"):
         find_server(url)
     with serve("vllm") as (url, _), pytest.raises(ServerError, match=r"serves toy, not 'other'"):
         find_server(url, model="other")
-    with pytest.raises(ServerError, match="must be an address"):
-        find_server("localhost:8000")
+    for url in ("localhost:8000", "http://", "http://[", "http://h:port", "http://a b", "ftp://h"):
+        with pytest.raises(ServerError, match="must be an address"):
+            find_server(url)
+    with pytest.raises(ServerError, match="cannot be reached"):
+        find_server(f"http://{'a' * 99}.b")
+    for timeout in (float("inf"), float("nan"), 0):
+        with pytest.raises(ServerError, match="--timeout"):
+            find_server("http://localhost:1", timeout=timeout)
 
 
 def test_prompts_are_read_from_text_and_pile_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo two\n")
     line = {"text": "three", "meta": {"pile_set_name": "Github"}}
-    (tmp_path / "b.jsonl").write_text(json.dumps(line) + '\n{"id": 7, "prompt": "four"}\n')
-    prompts = list(read_prompts([tmp_path / "a.txt", tmp_path / "b.jsonl"], max_characters=3))
+    lines = json.dumps(line) + '\n{"id": 7, "prompt": "four"}\n{"id": null, "prompt": "five"}\n'
+    text, packed = tmp_path / "a.txt", tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines.encode()))
+    prompts = list(read_prompts([text, packed], max_characters=3))
     assert [(p.name, p.text, p.domain) for p in prompts] == [
-        ("a.txt:1", "one", ""),
-        ("a.txt:3", "two", ""),
-        ("b.jsonl:1", "thr", "Github"),
+        (f"{text}:1", "one", ""),
+        (f"{text}:3", "two", ""),
+        (f"{packed}:1", "thr", "Github"),
         ("7", "fou", ""),
+        (f"{packed}:3", "fiv", ""),
     ]
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"body": "x"}'])
+def test_prompts_of_two_folders_have_names_of_their_own_and_an_id_is_used_once(tmp_path):
+    files = [tmp_path / "x" / "a.txt", tmp_path / "y" / "a.txt"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("text\n")
+    assert len({prompt.name for prompt in read_prompts(files, max_characters=9)}) == 2
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n')
+    with pytest.raises(ServerError, match=r"line 2: the id '1' is already that of .*, line 1"):
+        list(read_prompts([lines], max_characters=9))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("empty.txt", b"\n", "no prompts"),
+        ("latin.txt", "caf\u00e9\n".encode("latin-1"), "line 1: not a prompt"),
+        ("latin.jsonl", '{"prompt": "\u00e9"}'.encode("latin-1"), "line 1: not a prompt"),
+        ("broken.jsonl.zst", b"(\xb5/\xfd junk", "cannot be read further"),
+        ("broken.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n')[:-9], "cannot be read further"),
+    ],
+)
+def test_a_file_without_readable_prompts_is_named(tmp_path, name, content, error):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ServerError, CorpusError), match=f"{name}.*{error}"):
+        list(read_prompts([tmp_path / name], max_characters=9))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", "[1]", '{"body": "x"}', '{"id": true, "prompt": "x"}', '{"text": "\\ud800"}'],
+)
 def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
     (tmp_path / "b.jsonl").write_text(line + "\n")
     with pytest.raises(ServerError, match="line 1: not a prompt"):
@@ -169,5 +324,5 @@ def test_an_answer_without_its_end_is_cut(tmp_path):
     answer = '{"id":"a","engine":"vllm","routed_experts":"x"}'
     for torn in ("", '{"id":"b","en', "{", answer):
         output.write_text(f"{answer}\n{torn}")
-        assert read_done(output) == {"a"}
+        assert read_done(output) == {"a": None}
         assert output.read_text() == f"{answer}\n"

@@ -1,17 +1,20 @@
 """Export targets: round trips, what they refuse, what they say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import typer
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placement.commands.lint import lint
 from placement.interop.errors import ConfigError, ExportError
 from placement.interop.model_shape import ModelShape, parse_layers
 from placement.interop.slots import fill_slots
-from placement.interop.targets import TARGETS, export_text, find_target
+from placement.interop.targets import TARGETS, export_text, find_target, read_export
 from placement.plan import PlacementPlan, Strategy
 from placement.topology import Topology
 
@@ -56,7 +59,7 @@ def _random_layer(rng, ranks, share, experts):
 
 
 def shape_of(plan, extra_layers=0):
-    return ModelShape.of_plan(plan).override(num_layers=max(plan.layer_ids) + 1 + extra_layers)
+    return replace(ModelShape.of_plan(plan), num_layers=max(plan.layer_ids) + 1 + extra_layers)
 
 
 @pytest.mark.parametrize("name", EQUAL_SLOTS)
@@ -228,7 +231,9 @@ def test_a_dense_models_config_is_refused(tmp_path):
         ModelShape.from_config(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "3,2", "1,1", "-3"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1-", "3,2", "1,1", "-3", "5-3", "\u00b2", "0-9999999999"]
+)
 def test_layer_lists_that_make_no_sense_are_refused(text):
     with pytest.raises(ConfigError):
         parse_layers(text)
@@ -242,9 +247,16 @@ def test_layer_lists_that_make_no_sense_are_refused(text):
         '{"num_hidden_layers": "two", "num_experts": 4}',
         '{"num_hidden_layers": Infinity, "num_experts": 4}',
         '{"num_hidden_layers": 2, "num_experts": [4]}',
+        '{"num_hidden_layers": 2, "num_experts": 4.5}',
+        '{"num_hidden_layers": 2, "num_experts": -4}',
+        '{"num_hidden_layers": 0, "num_experts": 4}',
+        '{"num_hidden_layers": 100000000, "num_experts": 4}',
+        '{"num_hidden_layers": 2, "num_experts": 4, "first_k_dense_replace": 2}',
+        '{"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 5}',
+        '{"num_hidden_layers": 2, "num_experts": 4, "n_group": 3}',
     ],
 )
-def test_a_config_that_cannot_be_read_is_refused_by_name(tmp_path, text):
+def test_a_config_that_cannot_be_or_cannot_be_read_is_refused_by_name(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json: .*"):
         ModelShape.from_config(tmp_path)
@@ -262,3 +274,100 @@ def test_a_row_that_trtllm_cannot_read_is_refused_with_its_line(row):
     text = f"num_slots: 2\ninitial_global_assignments:\n  0: {row}\n"
     with pytest.raises(ExportError, match="line 3 is not"):
         find_target("trtllm").parse(text, ModelShape(), 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([[0, 0, 0, 0], [1, 0, 3, 2]], "rank 0 lists an expert twice"),
+        ([[0, 1, 2, 1], [1, 0, 3, 2]], "no copy of experts [3]"),
+        ([[0, 1, 2, 3], [0, 1, 2, 9]], "unknown experts [9] of 4"),
+        ([[0, 1, 2, 3]], "1 rows, the model has 2"),
+    ],
+)
+def test_lint_says_which_experts_a_map_misses_repeats_or_overruns(tmp_path, capsys, rows, said):
+    file, model = tmp_path / "map.json", tmp_path / "config.json"
+    file.write_text(json.dumps(rows))
+    model.write_text('{"num_hidden_layers": 2, "num_experts": 4}')
+    with pytest.raises(typer.Exit):
+        lint(file, target="vllm", model=model, ranks=2)
+    assert said in capsys.readouterr().out
+
+
+def ascend(*devices, count=1):
+    layer = {"layer_id": 0, "device_count": 1, "device_list": list(devices)}
+    return {"moe_layer_count": count, "layer_list": [layer]}
+
+
+def deepspeed(ranks, num_experts=2, layer="0"):
+    entry = {"version": 1, "ep_size": 1, "num_experts": num_experts, "ranks": ranks}
+    return {"expert_placement": {layer: entry}}
+
+
+MALFORMED = {
+    "sglang": [{"physical_to_logical_map": [[]]}, {"physical_to_logical_map": [[True]]}],
+    "vllm": [None, [[]], [[0.5]], [[0, 1], [1]]],
+    "vllm-41141": [
+        {"record_type": "eplb_initial_mapping", "version": 1, "initial_global_assignments": given}
+        for given in (None, [], 5, "x", {"0": 5}, {"1": [0]}, [1])
+    ],
+    "vllm-34811": [{"expert_to_ep_rank": given} for given in (None, [], [9], ["a"])],
+    "vllm-ascend": [
+        {"moe_layer_count": 1, "layer_list": 5},
+        {"moe_layer_count": 1, "layer_list": [5]},
+        ascend({"device_id": 0, "device_expert": [0]}, count=2),
+        ascend({"device_id": 0, "device_expert": []}),
+        ascend({"device_id": 0, "device_expert": 5}),
+        ascend({"device_id": "x", "device_expert": [0]}),
+        ascend({"device_id": float("inf"), "device_expert": [0]}),
+        ascend({"device_id": 0, "device_expert": [0]}, {"device_id": 0, "device_expert": [0]}),
+    ],
+    "deepspeed": [
+        *({"expert_placement": given} for given in (None, [], {}, {"x": 1}, {"0": 5}, {"0": {}})),
+        deepspeed(5),
+        deepspeed([]),
+        deepspeed([{"rank": 0, "experts": 5}]),
+        deepspeed([{"rank": 0, "experts": [float("inf"), 1]}]),
+        deepspeed([{"rank": 0, "experts": [0, 1]}], num_experts=float("inf")),
+        deepspeed([{"rank": 0, "experts": [0, 1]}], num_experts=[2]),
+        deepspeed([{"rank": 0, "experts": [0, 1]}], layer="-5"),
+    ],
+    "exflow-csv": [
+        "",
+        "a",
+        "Expert,Node\n0\n",
+        f"Expert,Node\n0,{10**30}\n",
+        '0,"' + "a" * 200_000,
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(name, content) for name in MALFORMED for content in MALFORMED[name]]
+)
+def test_a_malformed_file_is_refused_in_a_line(tmp_path, name, content):
+    file = tmp_path / "file"
+    file.write_text(content if name == "exflow-csv" else json.dumps(content))
+    with pytest.raises(ExportError, match=r"file: |not a usable") as refused:
+        read_export(name, file, ModelShape(moe_layers=(0,), num_experts=2), 1).to_plan(
+            Topology(num_nodes=1, ranks_per_node=1), model="", source=name
+        )
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    file = tmp_path / "d.json"
+    file.write_text(json.dumps(deepspeed([{"rank": 0, "experts": [0, 1]}])))
+    for shape, said in (
+        (ModelShape(num_experts=4), "2 experts a layer, the model has 4"),
+        (ModelShape(moe_layers=(3,)), "layers 0, the model's MoE layers are 3"),
+    ):
+        with pytest.raises(ExportError, match=said):
+            read_export("deepspeed", file, shape, 1)
+
+
+def test_a_plan_of_fewer_experts_than_the_models_groups_is_of_another_model():
+    plan = make_plan([[[0, 2], [1, 3]]], nodes=2)
+    shape = ModelShape(num_layers=1, moe_layers=(0,), num_experts=16, num_groups=8)
+    said = [finding.text for finding in find_target("sglang").check(plan, shape)]
+    assert said == ["the plan has 4 experts, the model 16"]
