@@ -43,11 +43,6 @@ class Pace:
         self._bar = tqdm(disable=True)
 
     @property
-    def is_limited(self) -> bool:
-        """Whether there is a limit of time."""
-        return self._deadline is not None
-
-    @property
     def is_over(self) -> bool:
         """Whether there is no time left."""
         is_late = self._deadline is not None and time.monotonic() > self._deadline

@@ -54,7 +54,7 @@ class Stage(NamedTuple):
     sample: int
 
 
-REPLICA_STAGES: tuple[Stage, ...] = (Stage(0.2, 0.05, 28, 4000), Stage(0.05, 0.02, 16, 8000))
+REPLICA_STAGES = (Stage(0.1, 0.05, 14, 4000), Stage(0.05, 0.02, 16, 8000))
 LAST_REPLICA_STAGES: tuple[Stage, ...] = (
     Stage(0.02, 0.01, 10, 24000),
     Stage(0.01, 0.005, 10, 24000),
@@ -203,21 +203,17 @@ def solve(search: Search, *, wanted: Caps, effort: float, is_fresh: bool = True)
 def find_replicas(search: Search, *, effort: float, caps: Caps) -> None:
     """Anneals from a layout without replicas to one with some.
 
-    A hot layout takes long to cool. So where time is limited, the slots are first filled with what
-    saves most at first sight, and the search starts cooler; and where it is interrupted while hot,
-    that is what it goes back to.
+    It starts from spare slots filled with what saves most at first sight. Interrupted, it goes back
+    there, for a hot layout takes long to cool.
     """
-    pace, stages = search.pace, REPLICA_STAGES
-    if pace.is_limited:
-        stages = REPLICA_STAGES[1:]
-        search.fill(caps)
-    before = copied(search.layout)
-    with pace.phase("affinity, replicas", sum(s.steps for s in stages), share=REPLICA_SHARE):
-        for stage in stages:
+    search.fill(caps)
+    filled = copied(search.layout)
+    steps = sum(stage.steps for stage in REPLICA_STAGES)
+    with search.pace.phase("affinity, replicas", steps, share=REPLICA_SHARE):
+        for stage in REPLICA_STAGES:
             search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
-    if pace.is_over and not pace.is_limited:
-        search.layout = before
-        search.fill(caps)
+    if search.pace.is_over:
+        search.layout = filled
 
 
 def tightened(search: Search, wanted: float, mean: float) -> float:
