@@ -52,6 +52,8 @@ def fair_weights(
     best = np.array([gain_of(p, linear, plan) for p, plan in zip(parts, own, strict=True)])
     weights = even_weights(group)
     for _ in range(ROUNDS):
+        if options.interrupt is not None and options.interrupt.is_set():
+            break
         weighted = replace(options, token_weights=weights)
         plan = place(trace, topology, slots_per_rank=slots_per_rank, options=weighted)
         found = np.array([gain_of(p, linear, plan) for p in parts])

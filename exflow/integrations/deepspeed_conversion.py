@@ -203,7 +203,7 @@ def _heads_last(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     version = _number(arguments, "checkpoint_version", OLDEST_LAYOUT)
-    if version < OLDEST_LAYOUT:
+    if not version >= OLDEST_LAYOUT:
         msg = (
             f"Megatron's checkpoint_version is {version}, which keeps queries, keys and values in "
             f"another order; load it once with Megatron-DeepSpeed and save it again"
@@ -227,7 +227,7 @@ def _with_arguments(options: GptOptions, arguments: Mapping[str, Any]) -> GptOpt
     is_exact = arguments.get("bias_gelu_fusion") is False and not arguments.get("openai_gelu")
     return replace(
         options,
-        num_heads=int(_number(arguments, "num_attention_heads", options.num_heads or 0)),
+        num_heads=_whole(arguments, "num_attention_heads", options.num_heads),
         activation="gelu" if is_exact else options.activation,
         norm_eps=_number(arguments, "layernorm_epsilon", options.norm_eps),
     )
@@ -239,9 +239,21 @@ def _number(arguments: Mapping[str, Any], name: str, default: float) -> float:
     Raises:
         CheckpointError: it is no number.
     """
-    value = arguments.get(name) or default
-    if not isinstance(value, (int, float)):
+    value = arguments.get(name)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not math.isfinite(value):
         msg = f"{DENSE}: Megatron's {name} is {value!r}, expected a number"
+        raise CheckpointError(msg)
+    return float(value)
+
+
+def _whole(arguments: Mapping[str, Any], name: str, default: int | None) -> int | None:
+    """A count among Megatron's arguments, or the default where it has none."""
+    value = arguments.get(name)
+    if value is None:
+        return default
+    if type(value) is not int:
+        msg = f"{DENSE}: Megatron's {name} is {value!r}, expected a whole number"
         raise CheckpointError(msg)
     return value
 

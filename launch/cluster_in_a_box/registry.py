@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path("/run/exflow-cluster-in-a-box")
 MARK = "BOX_RUNNER"
+RUNNER = re.compile(MARK.encode() + rb"=([0-9]{1,18}) ([0-9]{1,18})")
 
 
 def claim(cluster: Cluster) -> None:
@@ -78,8 +80,8 @@ def is_abandoned(pid: int) -> bool:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False
-    marks = (v.partition(b"=")[2].split() for v in variables if v.startswith(MARK.encode() + b"="))
-    return any(_has_died(int(runner), int(birth)) for runner, birth in marks)
+    marks = [match for variable in variables if (match := RUNNER.fullmatch(variable))]
+    return any(_has_died(int(mark[1]), int(mark[2])) for mark in marks)
 
 
 def _all() -> Iterator[tuple[Cluster, list[int] | None]]:

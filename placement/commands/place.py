@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import signal
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -84,8 +81,8 @@ def place(
     time_limit: Annotated[
         float | None,
         typer.Option(
-            help="Seconds for the search or the solver, which then hurries to an end; Ctrl-C ends "
-            "affinity's so, too."
+            help="Seconds for each search or solver. affinity leaves out steps to keep it, and does "
+            "so on Ctrl-C, too; a large trace takes some seconds more."
         ),
     ] = None,
     start: Annotated[
@@ -127,10 +124,11 @@ def place(
     from dataclasses import replace
 
     from placement.interop.counts import LOAD_STRATEGIES
+    from placement.interrupts import best_on_interrupt
     from placement.merging import merge_traces
     from placement.output import check_writable
     from placement.plan import PlacementPlan
-    from placement.strategies import PlacementOptions, StrategyError
+    from placement.strategies import PlacementOptions, StrategyError, get_strategy
     from placement.timing import Links, protocol_for
     from placement.topology import Topology
     from placement.trace import COUNTS, RoutingTrace
@@ -178,12 +176,14 @@ def place(
     )
     if links is not None:
         options = replace(options, intra_node_cost=Links.load(links).intra_node_cost)
-    with _best_on_interrupt(strategy) as interrupt:
+    find = get_strategy(strategy)
+    with best_on_interrupt(can_hurry=strategy == "affinity") as interrupt:
         options = replace(options, interrupt=interrupt)
         if weights is not None:
             given = _token_weights(parts, weights, topology, slots_per_rank, options)
             options = replace(options, token_weights=given)
-        _write_plan(output, strategy, trace, topology, slots_per_rank, options)
+        plan = find(trace, topology, slots_per_rank=slots_per_rank, options=options)
+    _write_plan(output, plan, trace, options)
     if interrupt.is_set():
         return
     if compare and trace.num_sequences > 1 and trace.phase != COUNTS:
@@ -209,29 +209,6 @@ def _check_strategy(strategy: str, for_affinity: Mapping[str, object]) -> None:
     if given and strategy != "affinity":
         msg = f"{', '.join(given)}: only for --strategy affinity; leave it out with {strategy}"
         raise StrategyError(msg)
-
-
-@contextmanager
-def _best_on_interrupt(strategy: str) -> Iterator[Event]:
-    """Sets an event on the first Ctrl-C; the second ends the process, as the first would without.
-
-    Other strategies than affinity have nothing to show before their end, and their solvers do not
-    listen: there the first ends the process.
-    """
-    interrupt = Event()
-
-    def hurry(*_: object) -> None:
-        interrupt.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        message = "interrupted: the best plan so far will be written; again to stop at once"
-        typer.echo(f"\n{message}", err=True)
-
-    handler = hurry if strategy == "affinity" else signal.SIG_DFL
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _token_weights(
@@ -272,21 +249,14 @@ def _token_weights(
 
 
 def _write_plan(
-    output: Path,
-    strategy: str,
-    trace: RoutingTrace,
-    topology: Topology,
-    slots_per_rank: int | None,
-    options: PlacementOptions,
+    output: Path, plan: PlacementPlan, trace: RoutingTrace, options: PlacementOptions
 ) -> None:
     from placement.prediction import with_predictions
-    from placement.strategies import get_strategy
 
-    plan = get_strategy(strategy)(trace, topology, slots_per_rank=slots_per_rank, options=options)
     plan = with_predictions(plan, trace, options)
     plan.save(output)
     typer.echo(
-        f"{output}: {plan.strategy.name}, {topology.num_ranks} ranks, {plan.num_slots} slots\n"
+        f"{output}: {plan.strategy.name}, {plan.num_ranks} ranks, {plan.num_slots} slots\n"
         f"{_worth(plan, options.backend)}"
     )
     if plan.strategy.options.get("hurried"):

@@ -44,7 +44,7 @@ def solve_by_generations(searches: Iterable[Search], *, wanted: Caps, effort: fl
             share = LAST_SHARE if is_last else SHARE
             solve(search, wanted=wanted, effort=effort * share, is_fresh=generation == 0)
             finished.append(search)
-            if search.pace.is_over:
+            if not is_last and search.pace.is_over():
                 return cheapest_of(finished)
     return finished[-1]
 

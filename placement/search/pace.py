@@ -1,19 +1,20 @@
 """How far a search is, and whether it has to hurry.
 
 Annealing that is cut off is worth nothing: hot layouts are worse than the one it began with. So a
-search short of time skips steps all along its cooling, and always does the coldest ones.
+search short of time skips steps all along its cooling, and does the coldest ones in any case.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from threading import Event
 
 
@@ -36,22 +37,18 @@ class Pace:
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self._interrupt = interrupt
         self._shows = shows
-        self._skipped = 0
         self._begin = self._end = 0.0
         self._done = self._steps = 0
-        self._cannot_stop = False
-        self._bar = tqdm(disable=True)
+        self._needed = 0.0
+        self._shown: Any = None
+        self.was_hurried = False
 
-    @property
     def is_over(self) -> bool:
-        """Whether there is no time left."""
+        """Whether time is up; something is left out then, so the search was hurried."""
         is_late = self._deadline is not None and time.monotonic() > self._deadline
-        return is_late or (self._interrupt is not None and self._interrupt.is_set())
-
-    @property
-    def was_hurried(self) -> bool:
-        """Whether a step was left out or cut short."""
-        return self._skipped > 0
+        is_over = is_late or (self._interrupt is not None and self._interrupt.is_set())
+        self.was_hurried = self.was_hurried or is_over
+        return is_over
 
     @contextmanager
     def phase(self, name: str, steps: int, *, share: float = 1.0) -> Iterator[None]:
@@ -65,9 +62,8 @@ class Pace:
         self._begin = time.monotonic()
         if self._deadline is not None:
             self._end = self._begin + share * max(0.0, self._deadline - self._begin)
-        hidden = None if self._shows else True
-        with tqdm(total=steps, desc=name, unit="step", leave=False, disable=hidden) as self._bar:
-            self._done, self._steps = 0, steps
+        self._done, self._steps = 0, steps
+        with self._bar(name) as self._shown:
             yield
 
     def step(self, effort: float, *, is_needed: bool) -> float:
@@ -78,24 +74,33 @@ class Pace:
             is_needed: it is done in any case, with an effort of at most 1 if time is short.
         """
         self._done += 1
-        self._bar.update()
-        self._cannot_stop = False
-        if not self.is_over and not self._is_behind(self._done / self._steps):
-            return effort
-        self._skipped += 1
-        self._cannot_stop = is_needed
-        return min(1.0, effort) if is_needed else 0.0
+        if self._shown is not None:
+            self._shown.update()
+        least = min(1.0, effort) if is_needed else 0.0
+        if self.is_over() or self._is_behind():
+            self.was_hurried = True
+            effort = least
+        self._needed = least / max(effort, least) if is_needed else 0.0
+        return effort
 
     def pieces(self, moves: int, size: int) -> Iterator[int]:
-        """The moves of a step in pieces, until there is no time left."""
+        """The moves of a step in pieces, until there is no time left for more than is needed."""
         for first in range(0, moves, size):
-            if self.is_over and not self._cannot_stop:
-                self._skipped += 1
+            if first >= self._needed * moves and self.is_over():
                 return
             yield min(size, moves - first)
 
-    def _is_behind(self, done: float) -> bool:
-        """Whether more of the phase's time is gone than that share."""
+    def _is_behind(self) -> bool:
+        """Whether the phase has used more of its time than of its steps."""
         if self._deadline is None:
             return False
-        return time.monotonic() - self._begin > done * (self._end - self._begin)
+        due = self._done / self._steps * (self._end - self._begin)
+        return time.monotonic() - self._begin > due
+
+    def _bar(self, name: str) -> AbstractContextManager[Any]:
+        if not self._shows:
+            return nullcontext()
+        bar: AbstractContextManager[Any] = tqdm(
+            total=self._steps, desc=name, unit="step", leave=False, disable=None
+        )
+        return bar

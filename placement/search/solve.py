@@ -187,7 +187,7 @@ def solve(search: Search, *, wanted: Caps, effort: float, is_fresh: bool = True)
         for stage in stages:
             needed = LAST_STEPS if stage is stages[-1] else 0
             search.cool(stage, effort=effort, caps=caps, top=HIGH_PRICE, needed=needed)
-            if needed or not pace.is_over:
+            if needed or not pace.is_over():
                 search.look_ahead(QUICK_VISITS)
         for _ in range(REPAIRS):
             if imbalance_of(search.flow().load).max() <= wanted.rank:
@@ -212,7 +212,7 @@ def find_replicas(search: Search, *, effort: float, caps: Caps) -> None:
     with search.pace.phase("affinity, replicas", steps, share=REPLICA_SHARE):
         for stage in REPLICA_STAGES:
             search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
-    if search.pace.is_over:
+    if search.pace.is_over():
         search.layout = filled
 
 

@@ -217,11 +217,18 @@ def damage_dense(folder):
         (make_residual, "residual MoE"),
         (make_rotary, "rotary positions"),
         (change_state(checkpoint_version=1.0), "checkpoint_version is 1.0"),
+        (change_state(checkpoint_version=0), "checkpoint_version is 0"),
+        (change_state(checkpoint_version=math.nan), "checkpoint_version is nan"),
+        (
+            change_state(args=argparse.Namespace(num_attention_heads=2.5)),
+            "num_attention_heads is 2.5, expected a whole number",
+        ),
         (
             change_state(args=argparse.Namespace(topk=[1, 1])),
             r"topk is \[1, 1\], expected a number",
         ),
-        (change_state(args=argparse.Namespace(layernorm_epsilon=math.nan)), "above 0, got nan"),
+        (change_state(args=argparse.Namespace(layernorm_epsilon=math.nan)), "epsilon is nan"),
+        (change_state(args=argparse.Namespace(layernorm_epsilon=0)), "above 0, got 0"),
         (
             change_dense("input_layernorm.weight", lambda _: None),
             "h.1.ln_1.weight has shape nothing",

@@ -68,24 +68,34 @@ def test_an_interrupt_leaves_the_last_steps_with_at_most_the_usual_effort(clock)
     interrupt = Event()
     pace = Pace(interrupt=interrupt)
     interrupt.set()
-    assert pace.is_over
+    assert pace.is_over()
     assert run(pace, clock, 1.0, effort=8.0) == [18, 19]
     assert pace.step(8.0, is_needed=True) == 1.0
     assert pace.step(0.5, is_needed=True) == 0.5
     assert pace.step(0.5, is_needed=False) == 0.0
 
 
-def test_a_step_is_cut_short_between_pieces_but_not_if_it_is_needed(clock):
-    pace = Pace(time_limit=2.5)
+def pieces_of_a_step(pace, clock, *, effort, is_needed, moves):
+    """The pieces of four moves that are done of a step, a second each."""
     with pace.phase("test", 2):
-        for is_needed, expected in ((False, [4, 4, 4]), (True, [4, 4, 3])):
-            pace.step(1.0, is_needed=is_needed)
-            pieces = []
-            for piece in pace.pieces(11 if is_needed else 40, 4):
-                pieces.append(piece)
-                clock.now += 1.0
-            assert pieces == expected
-    assert pace.was_hurried
+        pace.step(effort, is_needed=is_needed)
+        done = []
+        for piece in pace.pieces(moves, 4):
+            done.append(piece)
+            clock.now += 1.0
+    return done
+
+
+def test_time_that_ends_within_a_step_cuts_it_but_not_what_is_needed(clock):
+    cut = pieces_of_a_step(Pace(time_limit=2.5), clock, effort=1.0, is_needed=False, moves=40)
+    assert cut == [4, 4, 4]
+    whole = pieces_of_a_step(Pace(time_limit=2.5), clock, effort=1.0, is_needed=True, moves=23)
+    assert whole == [4, 4, 4, 4, 4, 3]
+    half = pieces_of_a_step(Pace(time_limit=2.5), clock, effort=2.0, is_needed=True, moves=40)
+    assert half == [4] * 5
+    pace = Pace(time_limit=9.0)
+    assert len(pieces_of_a_step(pace, clock, effort=1.0, is_needed=False, moves=32)) == 8
+    assert not pace.was_hurried
 
 
 @pytest.mark.parametrize(("slots", "effort"), [(4, 1.0), (6, 1.0), (6, 8.0)])
@@ -112,7 +122,7 @@ def call(folder, *words):
     return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
 
 
-def test_ctrl_c_writes_the_best_plan_so_far_and_leaves_the_table_out(tmp_path, monkeypatch):
+def test_ctrl_c_writes_the_best_plan_so_far_and_leaves_the_table_out(tmp_path, monkeypatch, capfd):
     before = signal.getsignal(signal.SIGINT)
 
     def interrupted(*args, **more):
@@ -124,7 +134,7 @@ def test_ctrl_c_writes_the_best_plan_so_far_and_leaves_the_table_out(tmp_path, m
     monkeypatch.setattr(affinity, "anneal_pairs", interrupted)
     done = call(tmp_path)
     assert done.exit_code == 0
-    assert "the best plan so far will be written" in done.stderr
+    assert "the best plan so far will be written" in capfd.readouterr().err
     assert "held-out" not in done.stdout
     assert PlacementPlan.load(tmp_path / "plan.json").strategy.options["hurried"]
     assert signal.getsignal(signal.SIGINT) is before
@@ -145,8 +155,8 @@ def test_ctrl_c_ends_the_process_while_a_solver_does_not_listen(tmp_path, monkey
 
 
 def test_ctrl_c_in_the_table_is_no_signal_to_hurry(tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(place_command, "_show_table", interrupted)
     done = call(tmp_path, "--effort", "0.2")

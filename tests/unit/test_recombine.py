@@ -135,6 +135,7 @@ def test_interrupted_generations_give_the_cheapest_search_so_far(monkeypatch, st
     options = PlacementOptions(effort=4.0, max_imbalance=ANY, interrupt=interrupt)
     plan = get_strategy("affinity")(trace, Topology(num_nodes=1, ranks_per_node=4), options=options)
     assert len(costs) == stops
+    assert plan.strategy.options["hurried"]
     assert plan.predicted["cost_per_token"] == pytest.approx(min(costs), abs=1e-4)
 
 
