@@ -43,6 +43,11 @@ class Pace:
         self._shown: Any = None
         self.was_hurried = False
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit of time."""
+        return self._deadline is not None
+
     def is_over(self) -> bool:
         """Whether time is up; something is left out then, so the search was hurried."""
         is_late = self._deadline is not None and time.monotonic() > self._deadline

@@ -54,7 +54,7 @@ class Stage(NamedTuple):
     sample: int
 
 
-REPLICA_STAGES = (Stage(0.1, 0.05, 14, 4000), Stage(0.05, 0.02, 16, 8000))
+REPLICA_STAGES: tuple[Stage, ...] = (Stage(0.2, 0.05, 28, 4000), Stage(0.05, 0.02, 16, 8000))
 LAST_REPLICA_STAGES: tuple[Stage, ...] = (
     Stage(0.02, 0.01, 10, 24000),
     Stage(0.01, 0.005, 10, 24000),
@@ -203,17 +203,21 @@ def solve(search: Search, *, wanted: Caps, effort: float, is_fresh: bool = True)
 def find_replicas(search: Search, *, effort: float, caps: Caps) -> None:
     """Anneals from a layout without replicas to one with some.
 
-    It starts from spare slots filled with what saves most at first sight. Interrupted, it goes back
-    there, for a hot layout takes long to cool.
+    From empty slots and hot it finds most, but takes long to cool. So where time is limited, the
+    slots are first filled with what saves most at first sight, and the search starts cooler; and
+    interrupted while hot, it goes back to slots filled so.
     """
-    search.fill(caps)
-    filled = copied(search.layout)
-    steps = sum(stage.steps for stage in REPLICA_STAGES)
-    with search.pace.phase("affinity, replicas", steps, share=REPLICA_SHARE):
-        for stage in REPLICA_STAGES:
+    pace, stages, before = search.pace, REPLICA_STAGES, copied(search.layout)
+    if pace.is_limited:
+        stages = REPLICA_STAGES[1:]
+        search.fill(caps)
+    steps = sum(stage.steps for stage in stages)
+    with pace.phase("affinity, replicas", steps, share=REPLICA_SHARE):
+        for stage in stages:
             search.cool(stage, effort=effort, caps=caps, top=LOW_PRICE)
-    if search.pace.is_over():
-        search.layout = filled
+    if pace.is_over():
+        search.layout = before
+        search.fill(caps)
 
 
 def tightened(search: Search, wanted: float, mean: float) -> float:
