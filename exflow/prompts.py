@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from exflow.corpus import read_lines
@@ -17,7 +18,7 @@ def read_prompts(paths: Sequence[Path], *, max_characters: int) -> Iterator[Prom
     """One prompt a line of .txt, .jsonl, .jsonl.zst or .jsonl.gz files.
 
     A JSON line has `prompt` or `text`, and perhaps `id` and `meta.pile_set_name`. A prompt without
-    an id is named by its file, as it was given, and line.
+    an id is named by file and line: `a.txt:3`, or with the whole path if two files are an `a.txt`.
 
     Raises:
         ServerError: naming the line that is no prompt or has the id of another, or if there is no
@@ -25,6 +26,7 @@ def read_prompts(paths: Sequence[Path], *, max_characters: int) -> Iterator[Prom
         CorpusError: a file cannot be read.
     """
     place_of: dict[str, str] = {}
+    files = Counter(path.name for path in paths)
     for path in paths:
         if not path.is_file():
             msg = f"{path}: no such file of prompts"
@@ -33,7 +35,8 @@ def read_prompts(paths: Sequence[Path], *, max_characters: int) -> Iterator[Prom
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
-            prompt = _prompt(path, number, line, max_characters)
+            file = path.name if files[path.name] == 1 else path.resolve()
+            prompt = _prompt(path, line, place, f"{file}:{number}", max_characters)
             if prompt.name in place_of:
                 msg = f"{place}: the id {prompt.name!r} is already that of {place_of[prompt.name]}"
                 raise ServerError(msg)
@@ -44,8 +47,8 @@ def read_prompts(paths: Sequence[Path], *, max_characters: int) -> Iterator[Prom
         raise ServerError(msg)
 
 
-def _prompt(path: Path, number: int, line: bytes, max_characters: int) -> Prompt:
-    name, domain = f"{path}:{number}", ""
+def _prompt(path: Path, line: bytes, place: str, name: str, max_characters: int) -> Prompt:
+    domain = ""
     try:
         if path.suffix == ".txt":
             text: Any = line.decode("utf-8").strip()
@@ -61,7 +64,7 @@ def _prompt(path: Path, number: int, line: bytes, max_characters: int) -> Prompt
             msg = "half a surrogate pair is no text"
             raise ValueError(msg)
     except (ValueError, TypeError, AttributeError) as error:
-        msg = f'{path}, line {number}: not a prompt ({error}); expected {{"prompt": ...}}'
+        msg = f'{place}: not a prompt ({error}); expected {{"prompt": ...}}'
         raise ServerError(msg) from error
     return Prompt(name=name, text=text[:max_characters], domain=domain)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import zstandard
 
+from exflow.corpus import SUFFIXES, CorpusError, read_lines
 from placement.errors import UserError
 from placement.output import replacing
 
@@ -93,7 +94,7 @@ def write_sample_corpus(folder: str | Path, *, seed: int = 0) -> SampleCorpus:
         _check_same(path, content)
     for path, content in shards.items():
         with replacing(path) as partial:
-            partial.write_bytes(content)
+            partial.write_bytes(zstandard.ZstdCompressor(level=3).compress(content))
     return SampleCorpus(
         folders=folders,
         documents={
@@ -114,18 +115,26 @@ def _shard(samples: list[_Sample]) -> bytes:
         )
         for sample in samples
     ]
-    return zstandard.ZstdCompressor(level=3).compress(
-        "".join(f"{line}\n" for line in lines).encode()
-    )
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _check_same(path: Path, content: bytes) -> None:
-    if path.exists() and path.read_bytes() != content:
-        msg = (
-            f"{path} has other documents, of another seed or Python, or not made here; remove it or "
-            "name another folder"
-        )
-        raise SampleCorpusError(msg)
+    """Refuse a folder with another shard than `path`, or other documents in that one."""
+    for shard in sorted(file for file in path.parent.rglob("*") if file.name.endswith(SUFFIXES)):
+        if shard != path or not _holds(shard, content):
+            msg = (
+                f"{shard} has other documents, of another seed or Python, or not made here; remove "
+                f"it or name another folder"
+            )
+            raise SampleCorpusError(msg)
+
+
+def _holds(shard: Path, content: bytes) -> bool:
+    """Whether a shard has this content, whichever release of zstandard compressed it."""
+    try:
+        return b"\n".join(read_lines(shard)) == content
+    except CorpusError:
+        return False
 
 
 def _topics() -> Iterator[_Sample]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
+from threading import Event
 from typing import Any
 
 from placement.errors import UserError
@@ -69,8 +69,12 @@ class Server:
     max_tokens: int = 128
     timeout: float = 600.0
 
-    def complete(self, prompt: Prompt) -> dict[str, Any]:
+    def complete(self, prompt: Prompt, *, stop: Event | None = None) -> dict[str, Any]:
         """The line to keep of the answer to a prompt, greedy.
+
+        Args:
+            prompt: what to send.
+            stop: once set, a server that is busy or cannot be reached is not asked again.
 
         Raises:
             RefusalError: the server does not take this prompt.
@@ -84,7 +88,8 @@ class Server:
         }
         if self.engine == "sglang":
             body["return_routed_experts"] = True
-        answer = _call(f"{self.url}/v1/completions", body, self.timeout, f"prompt {prompt.name}")
+        url, what = f"{self.url}/v1/completions", f"prompt {prompt.name}"
+        answer = _call(url, body, self.timeout, what, stop or Event())
         return _line(prompt, self, answer)
 
 
@@ -100,7 +105,7 @@ def find_server(
     if not 0 < timeout <= LONGEST_TIMEOUT:
         msg = f"--timeout {timeout:g} must be above 0 and at most {LONGEST_TIMEOUT:g} seconds"
         raise ServerError(msg)
-    listing = _call(f"{url}/v1/models", None, min(timeout, 30.0), "the list of models")
+    listing = _call(f"{url}/v1/models", None, min(timeout, 30.0), "the list of models", Event())
     models = _models(listing, url)
     chosen = model or next(iter(models), "")
     if chosen not in models:
@@ -157,14 +162,17 @@ def _line(prompt: Prompt, server: Server, answer: dict[str, Any]) -> dict[str, A
     }
 
 
-def _call(url: str, body: dict[str, Any] | None, timeout: float, what: str) -> dict[str, Any]:
-    """GET, or POST a JSON body; busy or starting servers are asked again."""
+def _call(
+    url: str, body: dict[str, Any] | None, timeout: float, what: str, stop: Event
+) -> dict[str, Any]:
+    """GET, or POST a JSON body; busy or starting servers are asked again until `stop` is set."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
     for attempt in range(RETRIES):
         if attempt:
+            if stop.wait(0.5 * 2 ** (attempt - 1)):
+                break
             logger.info("%s: asked again", what)
-            time.sleep(0.5 * 2 ** (attempt - 1))
         try:
             status, content = _fetch(request, timeout)
         except (OSError, HTTPException, UnicodeError) as error:  # UnicodeError: a host's name

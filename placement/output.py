@@ -29,7 +29,7 @@ def check_writable(path: Path, *, inputs: Iterable[Path | None] = ()) -> None:
     if path.resolve() in {read.resolve() for read in inputs if read is not None}:
         msg = f"{path}: it is read here, and would be overwritten; name another output"
         raise OutputError(msg)
-    with _naming(path):
+    with naming(path):
         partial = _partial_of(path)
         existed = partial.exists()
         with partial.open("ab"):
@@ -47,12 +47,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be written.
     """
-    with _naming(path):
+    with naming(path):
         partial = _partial_of(path)
         partial.open("wb").close()
     try:
         yield partial
-        with _naming(path):
+        with naming(path):
             target = path.resolve()
             if target.exists():
                 partial.chmod(target.stat().st_mode)
@@ -73,7 +73,8 @@ def _partial_of(path: Path) -> Path:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block is an OutputError that names the file."""
     try:
         yield
     except OSError as error:

@@ -63,10 +63,9 @@ def whole_numbers(
     try:
         array = np.asarray(value)
     except ValueError:  # rows of different lengths
-        array = np.empty(0, dtype=object)
+        array = np.array(None)
     array = array if array.size else np.zeros(array.shape, dtype=np.int64)
-    is_whole = array.ndim == ndim and np.issubdtype(array.dtype, np.integer)
-    if not is_whole or value is None:
+    if array.ndim != ndim or not np.issubdtype(array.dtype, np.integer):
         msg = f"{what}: expected whole numbers of {ndim} dimension(s), got {str(value)[:60]!r}"
         raise RecordError(msg)
     if stop is not None and array.size and not 0 <= array.min() <= array.max() < stop:

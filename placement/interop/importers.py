@@ -32,7 +32,8 @@ def read_trace(
     """A routing trace of an engine's files.
 
     Raises:
-        RecordError: for an unknown engine, a missing file, or a file that cannot be used.
+        RecordError: for an unknown engine, a missing file, or a file that cannot be used, also
+            because it contradicts `shape`, or neither tells what is needed.
     """
     if engine not in IMPORTERS:
         msg = f"unknown engine {engine!r}; choose one of {', '.join(IMPORTERS)}"
@@ -41,14 +42,15 @@ def read_trace(
     if missing or not paths:
         msg = f"no such file: {', '.join(missing) or 'none was given'}"
         raise RecordError(msg)
-    trace: RoutingTrace = import_module(IMPORTERS[engine]).read(paths, shape, phase=phase)
     try:
+        trace: RoutingTrace = import_module(IMPORTERS[engine]).read(paths, shape, phase=phase)
         shape.filled(
             num_experts=trace.num_experts,
             top_k=None if trace.phase == COUNTS else trace.top_k,
             moe_layers=trace.layer_ids,
         )
     except ConfigError as error:
-        msg = f"{paths[0]}: of another model than was said: {error}"
+        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        msg = f"{paths[0]}{others}: {error}"
         raise RecordError(msg) from error
     return trace

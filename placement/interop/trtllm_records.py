@@ -123,11 +123,17 @@ def _read_raw(raw: dict[int, Path], counts: dict[int, Path], shape: ModelShape) 
     for rank, file in raw.items():
         chosen = _load(file)
         counted = _load_counts(counts[rank], shape.need_experts()) if rank in counts else {}
-        layers = tuple(sorted({layer for _, layer in chosen}))
+        layers = _layers(chosen)
         if not layers:
             msg = f"{file}: holds no routed experts"
             raise RecordError(msg)
-        shape = shape.filled(moe_layers=layers)
+        try:
+            shape = shape.filled(moe_layers=layers)
+        except ConfigError as error:
+            is_split = len({_layers(_load(other)) for other in raw.values()}) > 1
+            why = "; each rank recorded other layers, run without pipeline parallelism"
+            msg = f"{file}: {error}{why if is_split else ''}"
+            raise RecordError(msg) from error
         if parts is None:
             parts = TraceParts(shape=shape, source="TensorRT-LLM expert statistic")
         for iteration in sorted({iteration for iteration, _ in chosen}):
@@ -136,6 +142,10 @@ def _read_raw(raw: dict[int, Path], counts: dict[int, Path], shape: ModelShape) 
             parts.add(_request(name, [chosen.get((iteration, layer)) for layer in layers]))
     assert parts is not None
     return parts.build()
+
+
+def _layers(chosen: Statistic) -> tuple[int, ...]:
+    return tuple(sorted({layer for _, layer in chosen}))
 
 
 def _request(name: str, layers: list[NDArray[Any] | None]) -> Request:

@@ -68,7 +68,7 @@ def test_without_a_config_vllms_dense_layers_are_known_by_their_zeros(tmp_path):
 
 def test_without_the_number_of_experts_the_option_that_gives_it_is_named(tmp_path):
     file = write_lines(tmp_path / "r.jsonl", [vllm_answer("a", routing(9))])
-    with pytest.raises(ConfigError, match="--num-experts"):
+    with pytest.raises(RecordError, match=r"r\.jsonl: .*--num-experts"):
         read_trace("vllm", [file], ModelShape())
 
 
@@ -282,6 +282,14 @@ def test_tensorrts_raw_statistics_become_a_trace_with_the_models_layer_numbers(t
     assert trace.layer_ids == (1, 2, 3)
 
 
+@pytest.mark.parametrize("shape", [ModelShape(), ModelShape(moe_layers=(1, 2, 3))])
+def test_tensorrts_pipeline_ranks_are_told_that_each_recorded_other_layers(tmp_path, shape):
+    folder = write_trtllm(tmp_path / "s", {50: routing(3)}, layers=(1, 2))
+    save_file({"50_3": routing(3)[:, 3].astype(np.int32)}, folder / "rank1_raw.safetensors")
+    with pytest.raises(RecordError, match=r"rank\d_raw\.safetensors: .*each rank recorded other"):
+        read_trace("trtllm", [folder], shape)
+
+
 def test_tensorrts_counts_alone_become_loads(tmp_path):
     folder = write_trtllm(tmp_path / "s", {50: routing(40)}, raw=False)
     trace = read_trace("trtllm", [folder], ModelShape())
@@ -390,15 +398,19 @@ def test_what_the_config_the_options_and_the_files_say_must_agree(tmp_path):
         SHAPE.filled(moe_layers=(0, 1, 2))
     save_file({"0": np.zeros((3, 8), dtype=np.float32)}, tmp_path / "l.safetensors")
     for shape in (ModelShape(top_k=2, num_experts=16), ModelShape(top_k=9)):
-        with pytest.raises(ConfigError):
+        with pytest.raises(RecordError, match=r"l\.safetensors: "):
             read_trace("hf", [tmp_path / "l.safetensors"], shape)
     folder = write_trtllm(tmp_path / "s", {50: routing(3)})
     for shape in (ModelShape(top_k=3), ModelShape(moe_layers=(1, 2, 5))):
-        with pytest.raises((ConfigError, RecordError), match="must agree"):
+        with pytest.raises(RecordError, match=r"s/.*: .*must agree$"):
             read_trace("trtllm", [folder], shape)
     np.save(tmp_path / "loads.npy", np.ones((4, 8)))
     with pytest.raises(RecordError, match="loads are of 4 layers, the model has 6"):
         read_trace("npy", [tmp_path / "loads.npy"], ModelShape(num_layers=6))
+    np.save(tmp_path / "paths.npy", np.zeros((5, 4), dtype=np.int64))
+    for shape in (ModelShape(), ModelShape(num_experts=8, top_k=1, num_layers=3)):
+        with pytest.raises(RecordError, match=r"paths\.npy: "):
+            read_trace("npy", [tmp_path / "paths.npy"], shape)
 
 
 def test_an_idle_pass_of_sglang_has_no_tokens_and_ends_no_sequence(tmp_path):
@@ -419,6 +431,8 @@ def test_an_idle_pass_of_sglang_has_no_tokens_and_ends_no_sequence(tmp_path):
     [
         ("positions", None),
         ("positions", "abcd"),
+        ("positions", [[0], [1, 2]]),
+        ("input_ids", [[0], [1, 2]]),
         ("positions", [2**40] * 4),
         ("input_ids", None),
         ("extend_seq_lens", "ab"),

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -182,6 +183,76 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         record(find_server(url), PROMPTS, tmp_path / "full.jsonl")
 
 
+def test_an_answer_that_fits_no_more_leaves_no_half_line_before_the_next(tmp_path):
+    output = tmp_path / "r.jsonl"
+    prompts = [Prompt(name="long", text="x" * 500_000), Prompt(name="short", text="y")]
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def status(text):
+        time.sleep(0.3 if text == "y" else 0)  # until the long one has failed
+        return 200
+
+    with serve("vllm", status=status) as (url, _):
+        server = find_server(url)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, most))  # as a disk that is full
+        try:
+            with pytest.raises(OutputError, match=r"r\.jsonl: cannot be written: File too large"):
+                record(server, prompts, output, concurrency=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        assert names_in(output) == {"short"}
+        assert record(server, prompts, output) == 1
+
+
+def test_an_error_of_the_progress_is_not_blamed_on_the_output(tmp_path):
+    def on_answer(count):
+        if count:
+            raise BrokenPipeError
+
+    with serve("vllm") as (url, _), pytest.raises(BrokenPipeError):
+        record(find_server(url), PROMPTS, tmp_path / "r.jsonl", on_answer=on_answer)
+
+
+def test_a_server_that_refuses_everything_is_given_up(tmp_path, caplog):
+    prompts = [Prompt(name=f"p{i}", text=f"text {i}") for i in range(40)]
+    said = r"the first 8 prompts were all refused.* prompt p0: .* 400: .*context length"
+    with serve("vllm", status=lambda _: 400) as (url, sent):
+        with pytest.raises(ServerError, match=said):
+            record(find_server(url), prompts, tmp_path / "r.jsonl", concurrency=1)
+        assert len(sent) == 8
+    assert len([text for text in caplog.messages if text.startswith("refused")]) == 3
+
+
+def test_a_record_with_answers_is_gone_on_with_past_many_refusals(tmp_path):
+    prompts = [Prompt(name=f"p{i}", text=f"text {i}") for i in range(20)]
+    output = tmp_path / "r.jsonl"
+    with serve("vllm", status=lambda text: 200 if text == "text 19" else 400) as (url, sent):
+        record(find_server(url), prompts[19:], output)
+        with pytest.raises(RefusalError, match="19 of 19 prompts refused"):
+            record(find_server(url), prompts, output, concurrency=1)
+        assert len(sent) == 20
+
+
+def test_after_a_failure_a_busy_server_is_not_asked_again(tmp_path):
+    def status(text):
+        time.sleep(0 if text == "text 0" else 0.3)  # until the failure has arrived
+        return 403 if text == "text 0" else 503
+
+    with serve("vllm", status=status) as (url, sent):
+        with pytest.raises(ServerError, match=r"prompt p0: .*403"):
+            record(find_server(url), PROMPTS, tmp_path / "r.jsonl", concurrency=2)
+        assert len(sent) == 2
+
+
+def test_prompts_cut_at_another_length_are_told_so(tmp_path):
+    output = tmp_path / "r.jsonl"
+    with serve("vllm") as (url, _):
+        record(find_server(url), PROMPTS[:1], output)
+        for text in ("text", "text 0 and more"):
+            with pytest.raises(ServerError, match="p0 was recorded with another --max-characters"):
+                record(find_server(url), [Prompt(name="p0", text=text)], output)
+
+
 def test_the_command_writes_over_no_prompts_and_no_device(tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"id": 1, "prompt": "a"}\n')
@@ -261,20 +332,27 @@ def test_prompts_are_read_from_text_and_pile_lines(tmp_path):
     packed.write_bytes(gzip.compress(lines.encode()))
     prompts = list(read_prompts([text, packed], max_characters=3))
     assert [(p.name, p.text, p.domain) for p in prompts] == [
-        (f"{text}:1", "one", ""),
-        (f"{text}:3", "two", ""),
-        (f"{packed}:1", "thr", "Github"),
+        ("a.txt:1", "one", ""),
+        ("a.txt:3", "two", ""),
+        ("b.jsonl.gz:1", "thr", "Github"),
         ("7", "fou", ""),
-        (f"{packed}:3", "fiv", ""),
+        ("b.jsonl.gz:3", "fiv", ""),
     ]
 
 
-def test_prompts_of_two_folders_have_names_of_their_own_and_an_id_is_used_once(tmp_path):
+def test_prompts_of_two_folders_have_names_of_their_own_and_an_id_is_used_once(
+    tmp_path, monkeypatch
+):
     files = [tmp_path / "x" / "a.txt", tmp_path / "y" / "a.txt"]
     for file in files:
         file.parent.mkdir()
         file.write_text("text\n")
-    assert len({prompt.name for prompt in read_prompts(files, max_characters=9)}) == 2
+    monkeypatch.chdir(tmp_path / "x")
+    for typed in (files, [Path("a.txt"), Path("../y/a.txt")]):
+        names = [prompt.name for prompt in read_prompts(typed, max_characters=9)]
+        assert names == [f"{file.resolve()}:1" for file in files]
+    with pytest.raises(ServerError, match="already that of"):
+        list(read_prompts([files[0], Path("a.txt")], max_characters=9))
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n')
     with pytest.raises(ServerError, match=r"line 2: the id '1' is already that of .*, line 1"):

@@ -59,6 +59,24 @@ def test_shards_of_another_seed_are_left_alone(corpus):
     assert after == before
 
 
+def test_documents_compressed_otherwise_are_the_same_and_another_shard_is_refused(corpus, tmp_path):
+    packed = (corpus.folders["profile"] / "00.jsonl.zst").read_bytes()
+    shard = tmp_path / "profile" / "00.jsonl.zst"
+    shard.parent.mkdir()
+    content = zstandard.decompress(packed)
+    shard.write_bytes(zstandard.compress(content, level=1))
+    assert shard.read_bytes() != packed
+    write_sample_corpus(tmp_path)
+    assert shard.read_bytes() == packed
+    for other in (packed[:-9], packed + zstandard.compress(b'{"text": "mine"}\n')):
+        shard.write_bytes(other)
+        with pytest.raises(SampleCorpusError, match=r"00\.jsonl\.zst has other documents"):
+            write_sample_corpus(tmp_path)
+    shard.rename(shard.with_name("01.jsonl.zst"))
+    with pytest.raises(SampleCorpusError, match=r"01\.jsonl\.zst has other documents"):
+        write_sample_corpus(tmp_path)
+
+
 def test_the_answers_are_right():
     import random
 
