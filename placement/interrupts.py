@@ -19,7 +19,7 @@ MESSAGE = b"\ninterrupted: the best plan so far will be written; again to stop a
 def best_on_interrupt(*, can_hurry: bool) -> Iterator[Event]:
     """Sets an event on the first Ctrl-C; the second ends the process.
 
-    Solvers do not listen to Ctrl-C and have nothing to show before their end: without `can_hurry`
+    Where Ctrl-C is ignored, as in the background of a script, it goes on being ignored. Solvers do not listen to Ctrl-C and have nothing to show before their end: without `can_hurry`
     the first ends the process.
     """
     interrupt = Event()
@@ -29,7 +29,9 @@ def best_on_interrupt(*, can_hurry: bool) -> Iterator[Event]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.write(STDERR, MESSAGE)  # print may be in the middle of a line
 
-    before = signal.signal(signal.SIGINT, hurry if can_hurry else signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, hurry if can_hurry else signal.SIG_DFL)
     try:
         yield interrupt
     finally:

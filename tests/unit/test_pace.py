@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from placement.cli import COMMANDS, make_app, mount
 from placement.commands import place as place_command
+from placement.interrupts import best_on_interrupt
 from placement.plan import PlacementPlan
 from placement.search import pace as pace_module
 from placement.search.pace import Pace
@@ -114,6 +115,14 @@ def test_interrupted_at_once_affinity_has_a_plan_within_the_cap_all_the_same(slo
     assert traffic.rows_per_token()["total"] < linear.rows_per_token()["total"]
 
 
+@pytest.fixture
+def _listens():
+    """SIGINT as a shell's foreground has it, whatever other tests or the caller made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def call(folder, *words):
     planted_trace(experts=16, top_k=2, tokens=600).save(folder / "trace.safetensors")
     app = make_app("test")
@@ -122,6 +131,7 @@ def call(folder, *words):
     return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
 
 
+@pytest.mark.usefixtures("_listens")
 def test_ctrl_c_writes_the_best_plan_so_far_and_leaves_the_table_out(tmp_path, monkeypatch, capfd):
     before = signal.getsignal(signal.SIGINT)
 
@@ -140,6 +150,7 @@ def test_ctrl_c_writes_the_best_plan_so_far_and_leaves_the_table_out(tmp_path, m
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("_listens")
 def test_ctrl_c_ends_the_process_while_a_solver_does_not_listen(tmp_path, monkeypatch):
     seen = []
 
@@ -154,6 +165,17 @@ def test_ctrl_c_ends_the_process_while_a_solver_does_not_listen(tmp_path, monkey
     assert set(seen) == {signal.SIG_DFL}
 
 
+def test_where_ctrl_c_is_ignored_it_goes_on_being_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with best_on_interrupt(can_hurry=True) as interrupt:
+            signal.raise_signal(signal.SIGINT)
+        assert not interrupt.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_listens")
 def test_ctrl_c_in_the_table_is_no_signal_to_hurry(tmp_path, monkeypatch):
     def interrupted(*_):
         signal.raise_signal(signal.SIGINT)
