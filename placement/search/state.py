@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from placement.search.jit import Array, Number, kernel
 from placement.search.walk import UNITS, route_all
 
 if TYPE_CHECKING:
@@ -236,13 +237,51 @@ def _users(
     layers, tokens, top_k = ids.shape
     start = np.zeros((layers, num_experts + 1), dtype=np.int64)
     users = np.zeros((layers, tokens * top_k * (1 + len(foretold_ids))), dtype=np.int32)
-    for layer in range(layers):
-        used = np.concatenate([ids[layer], *(foretold_ids if layer == 0 else ())], axis=1)
-        pairs = used.astype(np.int64) * tokens + np.arange(tokens)[:, None]
-        pairs = np.unique(pairs)
-        users[layer, : len(pairs)] = pairs % tokens
-        start[layer, 1:] = np.cumsum(np.bincount(pairs // tokens, minlength=num_experts))
+    list_users(ids, foretold_ids, start, users)
     return start, users
+
+
+@kernel
+def list_users(ids: Array, foretold_ids: Array, start: Array, users: Array) -> None:
+    """Fills the tokens of each expert in their order, and where each list starts.
+
+    The first layer's are those of the foretold experts, too. Both outputs start at zero.
+    """
+    layers, tokens, top_k = ids.shape
+    for layer in range(layers):
+        choices = top_k * (1 + (len(foretold_ids) if layer == 0 else 0))
+        for token in range(tokens):
+            for k in range(choices):
+                if is_first(ids, foretold_ids, layer, token, k):
+                    start[layer, expert_of(ids, foretold_ids, layer, token, k) + 1] += 1
+        for expert in range(start.shape[1] - 1):
+            start[layer, expert + 1] += start[layer, expert]
+        for token in range(tokens):
+            for k in range(choices):
+                if is_first(ids, foretold_ids, layer, token, k):
+                    expert = expert_of(ids, foretold_ids, layer, token, k)
+                    users[layer, start[layer, expert]] = token
+                    start[layer, expert] += 1
+        for expert in range(start.shape[1] - 1, 0, -1):  # each has come to where the next starts
+            start[layer, expert] = start[layer, expert - 1]
+        start[layer, 0] = 0
+
+
+@kernel
+def is_first(ids: Array, foretold_ids: Array, layer: int, token: int, k: int) -> bool:
+    """Whether no choice before the k-th is of the same expert."""
+    expert = expert_of(ids, foretold_ids, layer, token, k)
+    is_new = True
+    for j in range(k):
+        is_new = is_new and expert_of(ids, foretold_ids, layer, token, j) != expert
+    return is_new
+
+
+@kernel
+def expert_of(ids: Array, foretold_ids: Array, layer: int, token: int, k: int) -> Number:
+    """The k-th expert of a token at a layer, the foretold ones after its own."""
+    top_k = ids.shape[2]
+    return ids[layer, token, k] if k < top_k else foretold_ids[0, token, k - top_k]
 
 
 def make_layout(hosts: NDArray[np.bool_], *, slots_per_rank: int) -> Layout:
