@@ -205,7 +205,7 @@ def _check_strategy(strategy: str, for_affinity: Mapping[str, object]) -> None:
     from placement.strategies import StrategyError, get_strategy
 
     get_strategy(strategy)
-    given = [name for name, value in for_affinity.items() if value]
+    given = [n for n, value in for_affinity.items() if value is not None and value is not False]
     if given and strategy != "affinity":
         msg = f"{', '.join(given)}: only for --strategy affinity; leave it out with {strategy}"
         raise StrategyError(msg)

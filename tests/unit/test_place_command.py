@@ -237,6 +237,8 @@ def test_numbers_out_of_range_are_refused_with_the_option_named(folder, words):
         (("--effort", "1e30"), "at most 10000"),
         (("--keep-groups",), "--from"),
         (("--keep-groups", "--strategy", "balanced"), "for --strategy affinity"),
+        (("--max-moves", "0", "--strategy", "linear"), "--max-moves: only for --strategy affinity"),
+        (("--spread", "--weights", "1", "--strategy", "linear"), "--spread, --weights: only for"),
         (("--keep-groups", "--evaluate"), "--evaluate fits plans afresh"),
     ],
 )
